@@ -3,9 +3,9 @@
     grid100   umbrella 12 45 78 91; star 3 4 20 30;
     decimal3  umbrella: [0.123, 0.450, 0.781, 0.910];
 
-Boxes are corners (x1, y1, x2, y2) as fractions of width and height. Writing rounds to the nearest step (1/99 or
-1/1000), parsing gives that step back, so writing what was parsed gives the same text. What is parsed may come from a
-language model: whatever is not well-formed is skipped, never raised.
+Boxes are corners (x1, y1, x2, y2) as fractions of width and height. grid100 writes the cell of a 100 × 100 grid and
+parses to its middle, decimal3 rounds to thousandths; writing what was parsed gives the same text. What is parsed may
+come from a language model: whatever is not well-formed is skipped, never raised.
 """
 
 import math
@@ -19,8 +19,8 @@ CoordinateFormat = Literal["grid100", "decimal3"]
 Box: TypeAlias = tuple[float, float, float, float]
 BoxLike: TypeAlias = Sequence[float] | np.ndarray
 
-GRID_MAX = 99
-_STEPS = {"grid100": GRID_MAX, "decimal3": 1000}
+_CELLS = 100
+_TOLERANCE = 1e-6  # in steps: 0.29 × 100 is 28.999… in binary and belongs to cell 29
 _STRUCTURE = re.compile(r"[\s;:,\[\]]+")
 _GRID_NUMBER = r"(?<![\d.\-])\d+(?!\.?\d)"
 _GRID_RUN = re.compile(rf"{_GRID_NUMBER}(?:[\s,]+{_GRID_NUMBER}){{3,}}")
@@ -42,10 +42,10 @@ def clean_tag(tag: str) -> str:
 
 def format_box(box: BoxLike, coordinate_format: CoordinateFormat) -> str:
     """`12 45 78 91` or `[0.123, 0.450, 0.781, 0.910]`; corners outside [0, 1] are moved to the edge."""
-    steps = [_step(float(value), coordinate_format) for value in box]
+    inside = [min(max(float(value), 0.0), 1.0) for value in box]
     if coordinate_format == "grid100":
-        return " ".join(map(str, steps))
-    return "[" + ", ".join(f"{step / 1000:.3f}" for step in steps) + "]"
+        return " ".join(str(min(math.floor(value * _CELLS + _TOLERANCE), _CELLS - 1)) for value in inside)
+    return "[" + ", ".join(f"{value:.3f}" for value in inside) + "]"
 
 
 def object_pieces(
@@ -84,14 +84,10 @@ def parse_objects(text: str, coordinate_format: CoordinateFormat) -> list[tuple[
     return objects
 
 
-def _step(value: float, coordinate_format: CoordinateFormat) -> int:
-    return math.floor(min(max(value, 0.0), 1.0) * _STEPS[coordinate_format] + 0.5)
-
-
 def _box(numbers: str, coordinate_format: CoordinateFormat) -> Box | None:
     """First four numbers, if they are corners of a box inside the picture."""
     if coordinate_format == "grid100":
-        values = [int(number) / GRID_MAX for number in re.findall(r"\d+", numbers)[:4]]
+        values = [(int(number) + 0.5) / _CELLS for number in re.findall(r"\d+", numbers)[:4]]
     else:
         compact = re.sub(r"\s", "", numbers)
         values = [float(number) for number in compact.split(",")[:4]]
