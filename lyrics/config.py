@@ -239,13 +239,17 @@ class Stage2:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Evaluate:
-    """`samples_per_split` caps each task in each split (None: all)."""
+    """`samples_per_split` caps each task in each split (None: all).
+
+    `gallery_size` is the number of pictures of each split in the report; `meteor` costs ten seconds of Java.
+    """
 
     splits: tuple[str, ...]
     samples_per_split: int | None
     batch_size: int
     max_new_tokens: int
     gallery_size: int
+    meteor: bool
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
