@@ -48,6 +48,7 @@ class World:
     image_size_px: int
     max_objects: int
     questions_per_image: int
+    corpus_documents: int
     scenes: SceneCounts
     dirt: Dirt
 
@@ -227,8 +228,8 @@ class Stage2:
     steps: int
     batch_size: int
     spatial_text: Literal["llm", "mq_former"]
-    caption_share: Fraction
-    caption_without_spatial: Fraction
+    caption_share: Fraction | None
+    without_spatial: Fraction
     lora: Lora
     checkpoint_every: int
     log_every: int

@@ -1,0 +1,5 @@
+"""`python -m lyrics VERB`."""
+
+from lyrics.cli import main
+
+main()

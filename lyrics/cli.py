@@ -1,0 +1,162 @@
+"""`python -m lyrics VERB` (or `lyrics VERB`): one verb per stage of dvc.yaml and per wish of a user.
+
+Everything heavy is imported inside the verb that needs it, so that `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lyrics.stage import one_sentence, run_stage
+
+PARTS = ("tokenizer", "llm", "clip", "tagger", "detector", "segmenter")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Lyrics: from raw image-text pairs to a registered model that answers questions about pictures.",
+)
+STAGES, USE = "Stages of dvc.yaml (run them with `dvc repro` or `make run`)", "Using it"
+
+
+def _stage(name: str, run: Callable[..., None], *first: Any) -> None:
+    """Run one stage with the composed configuration and a tracked run."""
+    from lyrics import config
+    from lyrics.track.runs import stage_run
+
+    def body(work: Path) -> None:
+        settings = config.load()
+        with stage_run(name, settings) as tracker:
+            run(*first, settings, work, tracker)
+
+    run_stage(name, body)
+
+
+@app.command(rich_help_panel=STAGES)
+def compose() -> None:
+    """Write build/config.yaml from params/."""
+    from lyrics import compose as composing
+    from lyrics.stage import leave_token
+
+    leave_token("compose")
+    composing.write(composing.compose())
+
+
+@app.command(rich_help_panel=STAGES)
+def ingest() -> None:
+    """Write the embedded world, or read your folder, into data/raw."""
+    from lyrics.data import ingest as module
+
+    _stage("ingest", module.run)
+
+
+@app.command(rich_help_panel=STAGES)
+def foundation(part: Annotated[str, typer.Argument(help=f"One of: {', '.join(PARTS)}.")]) -> None:
+    """Fit or fetch one frozen part into models/foundation/PART."""
+    from lyrics.errors import InputError
+    from lyrics.foundation import fit
+
+    if part not in PARTS:
+        raise InputError(f"foundation has no part {part!r}; choices: {', '.join(PARTS)}")
+    _stage(f"foundation@{part}", fit.run, part)
+
+
+@app.command(rich_help_panel=STAGES)
+def clean() -> None:
+    """Drop unusable web pairs, each with its reason, into data/clean."""
+    from lyrics.data import clean as module
+
+    _stage("clean", module.run)
+
+
+@app.command(rich_help_panel=STAGES)
+def refine() -> None:
+    """Find tags, boxes and masks in every picture and cache frozen features in data/refined."""
+    from lyrics.refiner import refine as module
+
+    _stage("refine", module.run)
+
+
+@app.command(rich_help_panel=STAGES)
+def pretrain() -> None:
+    """Stage 1: train MQ-Former into models/stage1."""
+    from lyrics.train import stage1
+
+    _stage("pretrain", stage1.run)
+
+
+@app.command(rich_help_panel=STAGES)
+def finetune() -> None:
+    """Stage 2: instruction tuning with the language model into models/stage2."""
+    from lyrics.train import stage2
+
+    _stage("finetune", stage2.run)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate() -> None:
+    """Score models/stage2 beside its baselines into reports/."""
+    from lyrics.evaluate import evaluate as module
+
+    _stage("evaluate", module.run)
+
+
+@app.command(rich_help_panel=USE)
+def configure(
+    settings: Annotated[list[str], typer.Argument(help="preset=…, data=…, folder=…, dotted.key=value, ~dotted.key")],
+) -> None:
+    """Change params/run.yaml, if the result is a valid configuration."""
+    from lyrics.compose import configure as change
+
+    choices = change(settings)
+    print(", ".join(f"{key} {value}" for key, value in choices.items()))
+
+
+@app.command(rich_help_panel=USE)
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What you want to know about it.")],
+    boxes: Annotated[Path | None, typer.Option(help="Also draw what the refiner saw into this PNG.")] = None,
+) -> None:
+    """Answer a question about a picture by the champion, else the candidate, else the local model."""
+    from lyrics.inference import ask as answer
+
+    said = answer(image, question, boxes)
+    print(said.answer)
+    print(f"({said.source})", file=sys.stderr)
+
+
+@app.command(rich_help_panel=USE)
+def register() -> None:
+    """Register models/stage2 in MLflow as `candidate`; the same content keeps its version."""
+    from lyrics.track.registry import register as enter
+
+    print(enter())
+
+
+@app.command(rich_help_panel=USE)
+def promote(
+    version: Annotated[int | None, typer.Argument(help="A registered version; the candidate if left out.")] = None,
+    rollback: Annotated[bool, typer.Option(help="Make the former champion champion again.")] = False,
+) -> None:
+    """Make a version the champion if it passes the gates of params/promote."""
+    from lyrics.track.gates import promote as advance
+
+    print(advance(version, rollback=rollback))
+
+
+@app.command(rich_help_panel=USE)
+def doctor() -> None:
+    """Say what is missing on this machine and what to do about it."""
+    from lyrics.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+def main() -> None:
+    debug = "--debug" in sys.argv
+    with one_sentence(debug):
+        app([argument for argument in sys.argv[1:] if argument != "--debug"], standalone_mode=True)
