@@ -1,0 +1,161 @@
+"""Ingest (pipeline stage): the embedded world, or folders in COCO format, written as raw data in public formats.
+
+web/00000.tar …   pairs as img2dataset writes them
+SPLIT/            images/, captions.json, instances.json and, where the source has them, VQA, RefCOCO, POPE, LLaVA
+summary.json      counts;  rejected.parquet: what was set aside, and why;  web_truth.parquet: for scoring only
+"""
+
+import collections
+import itertools
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from lyrics import seeding
+from lyrics.data import pope, vqa
+from lyrics.data.records import Rejected
+from lyrics.data.webdataset import WebPair, write_tar
+from lyrics.io import write_bytes, write_json, write_text
+from lyrics.world import datasets
+
+if TYPE_CHECKING:
+    from lyrics.config import Config
+    from lyrics.stage import Tracker
+
+EVALUATED = ("val", "test", "test_ood")
+
+
+def run(config: "Config", work: Path, tracker: "Tracker") -> None:
+    """Write data/raw. Unusable input is refused before anything is written."""
+    building = work / "building"
+    shutil.rmtree(building, ignore_errors=True)
+    if config.data.source == "world":
+        counts = _ingest_world(config, building)
+        rejected: list[Rejected] = []
+    else:
+        from lyrics.data import folders
+
+        counts, rejected = folders.ingest(config, building)
+    write_rejected(building / "rejected.parquet", rejected)
+    reasons = collections.Counter(record.reason.partition(":")[0] for record in rejected)
+    write_json(building / "summary.json", {"source": config.data.source, "splits": counts, "rejected": dict(reasons)})
+    tracker.log_metrics(
+        {f"ingest/{split}_{name}": float(n) for split, of_split in counts.items() for name, n in of_split.items()}
+        | {"ingest/rejected": float(len(rejected))}
+    )
+    building.replace(work / "out")
+
+
+def _ingest_world(config: "Config", folder: Path) -> dict[str, dict[str, int]]:
+    counts = {"web": _write_web(config, folder)}
+    for split in datasets.ANNOTATED:
+        if getattr(config.world.scenes, split):
+            counts[split] = _write_annotated(config, split, folder / split)
+    return counts
+
+
+def _write_web(config: "Config", folder: Path) -> dict[str, int]:
+    items = tqdm(datasets.web_items(config.seed, config.world), "ingest web", config.world.scenes.web, disable=None)
+    truth = []
+    for shard, group in itertools.groupby(items, key=lambda item: item.key[:5]):
+        held = list(group)
+        truth += [{"key": item.key, "dirt": item.dirt} for item in held]
+        pairs = [
+            WebPair(
+                key=item.key,
+                image_bytes=item.image_bytes,
+                caption=item.caption,
+                meta={"url": item.url, "width": item.width, "height": item.height},
+            )
+            for item in held
+        ]
+        write_tar(folder / "web" / f"{shard}.tar", pairs)
+    schema = pa.schema([("key", pa.string()), ("dirt", pa.string())])
+    pq.write_table(pa.Table.from_pylist(truth, schema=schema), folder / "web_truth.parquet")
+    dirty = sum(row["dirt"] != "clean" for row in truth)
+    return {"pairs": len(truth), "dirty": dirty}
+
+
+def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, int]:
+    world = config.world
+    total = getattr(world.scenes, split)
+    drawn = []
+    for picture in tqdm(datasets.pictures(config.seed, split, world), f"ingest {split}", total, disable=None):
+        write_bytes(folder / "images" / picture.file_name, picture.jpeg)
+        drawn.append(picture)
+    side = world.image_size_px
+    images = [{"id": p.image_id, "file_name": p.file_name, "width": side, "height": side} for p in drawn]
+    captions = [(p.image_id, text) for p in drawn for text in p.captions]
+    annotations = [{"image_id": p.image_id, **a} for p in drawn for a in p.annotations]
+    write_coco(folder, images, captions, annotations, list(datasets.CATEGORIES))
+    counts = {"images": len(drawn), "captions": len(captions), "objects": len(annotations)}
+    if split == "foundation":
+        lines = list(datasets.corpus_lines(config.seed, world))
+        write_text(folder / "corpus.txt", "".join(f"{line}\n" for line in lines))
+        return {**counts, "documents": len(lines)}
+    asked = [(p.image_id, q.kind, q.text, q.answer) for p in drawn for q in p.questions]
+    counts["questions"] = vqa.write(folder, asked, split)
+    expressions = [_shikra(p, e, side) for p in drawn for e in p.expressions]
+    write_json_lines(folder / "refcoco.jsonl", expressions)
+    counts["expressions"] = len(expressions)
+    if split in EVALUATED:
+        presence = {p.file_name: sorted(p.scene.kinds) for p in drawn}
+        names = [category["name"] for category in datasets.CATEGORIES]
+        lines_pope = pope.sample(presence, names, seeding.rng(config.seed, "pope", split))
+        write_json_lines(folder / "pope.json", lines_pope)
+        counts["pope"] = len(lines_pope)
+    else:
+        dialogues = [_llava(p.image_id, p.file_name, p.dialogue) for p in drawn]
+        write_json(folder / "llava.json", dialogues)
+        counts["dialogues"] = len(dialogues)
+    return counts
+
+
+def write_coco(
+    folder: Path,
+    images: list[dict[str, Any]],
+    captions: Iterable[tuple[int, str]],
+    annotations: Iterable[dict[str, Any]],
+    categories: list[dict[str, Any]],
+) -> None:
+    """captions.json and instances.json in COCO's format, annotations numbered in order."""
+    texts = [{"id": i, "image_id": image_id, "caption": text} for i, (image_id, text) in enumerate(captions, start=1)]
+    write_json(folder / "captions.json", {"images": images, "annotations": texts})
+    numbered = [{**annotation, "id": i} for i, annotation in enumerate(annotations, start=1)]
+    write_json(folder / "instances.json", {"images": images, "annotations": numbered, "categories": categories})
+
+
+def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n" for value in values))
+
+
+def write_rejected(path: Path, rejected: list[Rejected]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([("source", pa.string()), ("record", pa.string()), ("reason", pa.string())])
+    rows = [{"source": r.source, "record": r.record, "reason": r.reason} for r in rejected]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _shikra(picture: datasets.Picture, expression: Any, side: int) -> dict[str, Any]:
+    return {
+        "img_path": picture.file_name,
+        "expression": expression.text,
+        "bbox": list(expression.target.box_xyxy),
+        "image_id": picture.image_id,
+        "width": side,
+        "height": side,
+    }
+
+
+def _llava(image_id: int, file_name: str, turns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    conversation = []
+    for number, (question, answer) in enumerate(turns):
+        value = f"<image>\n{question}" if number == 0 else question
+        conversation += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"id": f"{image_id:012d}", "image": file_name, "conversations": conversation}

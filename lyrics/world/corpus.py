@@ -1,0 +1,69 @@
+"""Text of the foundation split: what a small language model must know before it is shown pictures.
+
+Documents have the shape of the instruction prompt, so that looking up a word of the context is learned as text:
+`umbrella 12 45 78 91; cup 3 4 20 30; A red cup and a blue umbrella. question: What color is the cup? answer: red`.
+What is asked can always be found in the document.
+"""
+
+import numpy as np
+
+from lyrics.world import language
+from lyrics.world.questions import questions
+from lyrics.world.scenes import Scene, SceneObject
+from lyrics.world.vocabulary import COLORS
+
+_GRID_MAX = 99
+
+
+def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
+    """`count` documents about one scene: captions, captions to write, boxes to find, questions."""
+    return [_document(scene, generator) for _ in range(count)]
+
+
+def _document(scene: Scene, generator: np.random.Generator) -> str:
+    spatial = spatial_text(scene, generator)
+    form = generator.random()
+    if form < 0.08:
+        return language.captions(scene, generator, 1)[0]
+    if form < 0.2:
+        return _prompt(spatial, "Describe the image.", language.captions(scene, generator, 1)[0])
+    if form < 0.4:
+        return _referring(scene, spatial, generator)
+    asked = questions(scene, generator, 8)
+    question = asked[int(generator.integers(len(asked)))]
+    if question.kind in ("colour", "kind") or set(COLORS) & set(question.text.split()) or generator.random() < 0.3:
+        spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
+    return _prompt(spatial, question.text, question.answer)
+
+
+def _referring(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
+    """A colour does not tell two objects of one kind apart in text, so such expressions are left to pictures."""
+    options = [e for e in language.expressions(scene) if e.form != "color" or len(scene.find(kind=e.target.kind)) == 1]
+    options = [e for e in options if e.form != "object" or len(scene.find(kind=e.target.kind)) == 1]
+    if not options:
+        return _prompt(spatial, "Describe the image.", language.captions(scene, generator, 1)[0])
+    chosen = options[int(generator.integers(len(options)))]
+    if chosen.form in ("color", "object") or generator.random() < 0.3:
+        spatial = f"{spatial} {_everything(scene, generator)}"
+    return _prompt(spatial, f"Where is {chosen.text}?", grid_box(chosen.target, scene.image_size_px))
+
+
+def _prompt(context: str, question: str, answer: str) -> str:
+    return f"{context} question: {question} answer: {answer}"
+
+
+def _everything(scene: Scene, generator: np.random.Generator, with_size: bool = False) -> str:
+    """A sentence that names every object with its colour, in random order."""
+    order = [scene.objects[index] for index in generator.permutation(len(scene.objects))]
+    return language.sentence(language.joined(language.list_objects(order, with_size=with_size)))
+
+
+def spatial_text(scene: Scene, generator: np.random.Generator) -> str:
+    """All objects with their boxes, in random order as scores would order them."""
+    order = [scene.objects[index] for index in generator.permutation(len(scene.objects))]
+    return " ".join(f"{item.kind} {grid_box(item, scene.image_size_px)};" for item in order)
+
+
+def grid_box(item: SceneObject, image_size_px: int) -> str:
+    """Corners in 1/99 of the image, nearest step."""
+    return " ".join(str(round(_GRID_MAX * value / image_size_px)) for value in item.box_xyxy)
