@@ -156,13 +156,19 @@ class Foundation:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Clean:
+    """Filters of web pairs; each names the reason it drops for.
+
+    `duplicate_hamming_bits`: of 256 bits of perceptual hash. `min_english_probability` is low because three words tell
+    little. `max_better_captions`: share of other captions that may fit the picture better than its own (None: unchecked).
+    """
+
     min_side_px: int
     max_aspect_ratio: float
     duplicate_hamming_bits: int
     min_words: int
     max_words: int
-    min_english_share: float
-    min_similarity: float | None
+    min_english_probability: Fraction
+    max_better_captions: Fraction | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)

@@ -1,0 +1,90 @@
+"""Local visual features: the refiner's objects as a token sequence for the grounding queries (paper section 1).
+
+Shapes: B batch, N objects, K tokens of a tag, L local tokens = 1 + N for each source, D hidden width.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+BOX_FEATURES = 6  # corners, width, height
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalFeatures:
+    """What the refiner saw in a batch. Hidden tags and boxes are those that masked spatial prediction asks for."""
+
+    detector_BND: Tensor
+    segmenter_BND: Tensor
+    tag_ids_BNK: Tensor
+    boxes_BN4: Tensor
+    object_mask_BN: Tensor
+    hidden_tag_BN: Tensor | None = None
+    hidden_box_BN: Tensor | None = None
+
+    def index(self, rows_B: Tensor) -> "LocalFeatures":
+        return LocalFeatures(
+            **{f.name: None if (v := getattr(self, f.name)) is None else v[rows_B] for f in dataclasses.fields(self)}
+        )
+
+    def to(self, device: torch.device) -> "LocalFeatures":
+        return LocalFeatures(
+            **{f.name: None if (v := getattr(self, f.name)) is None else v.to(device) for f in dataclasses.fields(self)}
+        )
+
+
+class LocalTokens(nn.Module):
+    """Each object becomes one token per source; a learned "nothing" token comes first, so that no row is empty.
+
+    Every token is its source's normalised feature plus the embeddings of tag text, box, rank and source.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        source_widths: dict[str, int],
+        max_objects: int,
+        word_embeddings: nn.Embedding,
+        pad_token_id: int,
+    ) -> None:
+        super().__init__()
+        self.pad_token_id = pad_token_id
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in source_widths.items()})
+        self.project = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in source_widths.items()})
+        self.source = nn.ParameterDict({name: nn.Parameter(torch.zeros(hidden_size)) for name in source_widths})
+        self.tag = nn.Linear(hidden_size, hidden_size)
+        self.box = nn.Sequential(nn.Linear(BOX_FEATURES, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.rank = nn.Embedding(max_objects, hidden_size)
+        self.hidden_tag = nn.Parameter(torch.zeros(hidden_size))
+        self.hidden_box = nn.Parameter(torch.zeros(hidden_size))
+        self.nothing = nn.Parameter(torch.zeros(hidden_size))
+        self.out_norm = nn.LayerNorm(hidden_size)
+        self._words = [word_embeddings]  # shared with the text side, owned there: a list keeps it unregistered here
+
+    def forward(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
+        """Return tokens_BLD and their validity mask_BL (bool)."""
+        about_BND = self._about_objects(local)
+        batch, objects, _ = about_BND.shape
+        tokens = [self.nothing.expand(batch, 1, -1)]
+        features = {"detector": local.detector_BND, "segmenter": local.segmenter_BND}
+        for name in self.norm:
+            projected_BND = self.project[name](self.norm[name](features[name].to(about_BND.dtype)))
+            tokens.append(projected_BND + about_BND + self.source[name])
+        mask_BL = torch.cat([local.object_mask_BN.new_ones(batch, 1), *[local.object_mask_BN] * len(self.norm)], dim=1)
+        return self.out_norm(torch.cat(tokens, dim=1)), mask_BL
+
+    def _about_objects(self, local: LocalFeatures) -> Tensor:
+        words_BNK = local.tag_ids_BNK
+        valid_BNK1 = (words_BNK != self.pad_token_id).unsqueeze(-1)
+        embedded_BNKD = self._words[0](words_BNK) * valid_BNK1
+        tag_BND = self.tag(embedded_BNKD.sum(2) / valid_BNK1.sum(2).clamp(min=1))
+        size_BN2 = local.boxes_BN4[..., 2:] - local.boxes_BN4[..., :2]
+        box_BND = self.box(torch.cat([local.boxes_BN4, size_BN2], dim=-1).to(tag_BND.dtype))
+        if local.hidden_tag_BN is not None:
+            tag_BND = torch.where(local.hidden_tag_BN.unsqueeze(-1), self.hidden_tag.to(tag_BND.dtype), tag_BND)
+        if local.hidden_box_BN is not None:
+            box_BND = torch.where(local.hidden_box_BN.unsqueeze(-1), self.hidden_box.to(box_BND.dtype), box_BND)
+        ranks_N = torch.arange(words_BNK.shape[1], device=words_BNK.device)
+        return tag_BND + box_BND + self.rank(ranks_N)

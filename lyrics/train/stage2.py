@@ -1,0 +1,164 @@
+"""Stage 2, instruction tuning: MQ-Former, projection and LoRA learn to answer; the language model stays frozen."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lyrics import io
+from lyrics.config import Config
+from lyrics.errors import InputError
+from lyrics.foundation.llm import load_llm
+from lyrics.foundation.tokenizer import load_text_tokenizer
+from lyrics.model.inputs import TextTokenizer
+from lyrics.model.language import PromptTemplate, add_lora, load_adapter, save_adapter
+from lyrics.model.lyrics import STAGE1_HEADS, LyricsModel
+from lyrics.model.mq_former import MQFormer, MQFormerConfig
+from lyrics.model.projection import Projection
+from lyrics.stage import Tracker
+from lyrics.train import loop
+from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
+from lyrics.train.stage2_batches import Stage2Data, without_target
+
+TRAIN_SPLIT = "instruct"
+log = logging.getLogger(__name__)
+
+
+def build(config: Config) -> LyricsModel:
+    """Stage 1's MQ-Former, a new projection, the frozen language model with a new adapter."""
+    llm, tokenizer = load_llm(FOUNDATION / "llm")
+    mq_former = load_mq_former(STAGE1)
+    torch.manual_seed(config.seed)
+    model = LyricsModel(
+        mq_former,
+        Projection(mq_former.config.hidden_size, llm.config.hidden_size),
+        add_lora(llm, **dataclasses.asdict(config.stage2.lora)),
+        text_tokenizer=TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer")),
+        template=PromptTemplate(tokenizer),
+        spatial_text_in_llm=config.stage2.spatial_text == "llm",
+    )
+    for name, parameter in model.mq_former.named_parameters():
+        if name.split(".")[0] in STAGE1_HEADS:
+            parameter.requires_grad_(False)
+    return model
+
+
+def trainable_parameters(model: LyricsModel) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def run(config: Config, work: Path, tracker: Tracker) -> None:
+    """The `finetune` verb: writes model.safetensors, adapter/, config.json and history.jsonl."""
+    settings = config.stage2
+    device = loop.pick_device(config.device)
+    torch.use_deterministic_algorithms(True)
+    splits = open_splits((TRAIN_SPLIT,))
+    if not splits or not splits[0].samples:
+        raise InputError(f"Stage 2 found no samples in data/refined/{TRAIN_SPLIT}; give the source an instruct split")
+    if missing := without_target(splits[0].samples):
+        raise InputError(f"{len(missing)} samples have no target to learn from, the first is {missing[0]}")
+    data = Stage2Data(
+        splits[0],
+        coordinate_format=config.refine.coordinate_format,
+        caption_share=settings.caption_share,
+        without_spatial=settings.without_spatial,
+        spatial_text_in_llm=settings.spatial_text == "llm",
+        seed=config.seed,
+    )
+    log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.weights.items()})
+    model = build(config).to(device).train()
+    trainable = trainable_parameters(model)
+    _log_counts(model, tracker)
+    optimizer = torch.optim.AdamW(
+        loop.parameter_groups(
+            trainable.items(),
+            settings.optimizer.weight_decay,
+            lambda name: settings.optimizer.lr if name.startswith("mq_former.") else settings.lora_lr,
+        ),
+        betas=settings.optimizer.betas,
+    )
+
+    def losses_at(step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        batch = data.batch(step, settings.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts)
+        return {"lm_loss": loss}, batch.ids
+
+    history = loop.fit(
+        name="stage2",
+        seed=config.seed,
+        steps=settings.steps,
+        trainable=trainable,
+        optimizer=optimizer,
+        warmup_steps=settings.optimizer.warmup_steps,
+        grad_clip=settings.optimizer.grad_clip,
+        losses_at=losses_at,
+        work=work,
+        checkpoint_every=settings.checkpoint_every,
+        log_every=settings.log_every,
+        samples_per_step=settings.batch_size,
+        tracker=tracker,
+    )
+    _save(work / "out", model, config, history)
+
+
+def _log_counts(model: LyricsModel, tracker: Tracker) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    log.info("stage 2 trains %s parameters, %s are frozen", f"{trained:,}", f"{frozen:,}")
+    tracker.log_params({"stage2/trained_parameters": trained, "stage2/frozen_parameters": frozen})
+
+
+def _save(out: Path, model: LyricsModel, config: Config, history: list[dict[str, float]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    state = {f"mq_former.{k}": v for k, v in model.mq_former.state_dict().items()}
+    state |= {f"projection.{k}": v for k, v in model.projection.state_dict().items()}
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, out / "model.safetensors")
+    save_adapter(out / "adapter", model.llm)
+    loop.write_history(out / "history.jsonl", history)
+    parts = sorted(p.parent.name for p in FOUNDATION.glob("*/manifest.json"))
+    io.write_json(
+        out / "config.json",
+        {
+            "mq_former": dataclasses.asdict(model.mq_former.config),
+            "refine": dataclasses.asdict(config.refine),
+            "foundation": dataclasses.asdict(config.foundation),
+            "stage2": dataclasses.asdict(config.stage2),
+            "frozen_parts": {p: io.sha256_file(FOUNDATION / p / "manifest.json") for p in parts},
+            "chance": {"stage2/lm_loss": math.log(len(model.template.tokenizer))},
+        },
+    )
+
+
+def load(stage2: Path, foundation: Path) -> LyricsModel:
+    """A trained model, in evaluation mode, from its folder and the frozen parts.
+
+    Raises:
+        InputError: a frozen part is not the one the model was trained with.
+    """
+    settings = io.read_json(loop.need(stage2 / "config.json", "finetune"))
+    for part, expected in settings["frozen_parts"].items():
+        found = io.sha256_file(loop.need(foundation / part / "manifest.json", f"foundation {part}"))
+        if found != expected:
+            raise InputError(
+                f"{foundation / part} is not the part that {stage2} was trained with (manifest {found[:12]}, expected "
+                f"{expected[:12]}); run: dvc repro"
+            )
+    llm, tokenizer = load_llm(foundation / "llm")
+    mq_former = MQFormer(MQFormerConfig(**settings["mq_former"]))
+    model = LyricsModel(
+        mq_former,
+        Projection(mq_former.config.hidden_size, llm.config.hidden_size),
+        load_adapter(stage2 / "adapter", llm),
+        text_tokenizer=TextTokenizer(load_text_tokenizer(foundation / "tokenizer")),
+        template=PromptTemplate(tokenizer),
+        spatial_text_in_llm=settings["stage2"]["spatial_text"] == "llm",
+    )
+    state = load_file(stage2 / "model.safetensors")
+    for prefix, module in (("mq_former.", model.mq_former), ("projection.", model.projection)):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return model.eval()

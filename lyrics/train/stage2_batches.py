@@ -1,0 +1,84 @@
+"""Batches of stage 2: instructions of several tasks, mixed; every draw keyed by (seed, step, slot)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lyrics.data.prompts import instruction, target
+from lyrics.data.records import Sample
+from lyrics.model.inputs import SeenImage
+from lyrics.refiner.features import RefinedSplit
+from lyrics.refiner.spatial_text import CoordinateFormat
+from lyrics.seeding import rng
+
+
+def mixing_weights(sizes: dict[str, int], caption_share: float | None) -> dict[str, float]:
+    """Share of each task: proportional to the square root of its size; captions get `caption_share` where given."""
+    roots = {task: np.sqrt(size) for task, size in sizes.items() if size}
+    others = {task: root for task, root in roots.items() if task != "caption"}
+    if caption_share is None or "caption" not in roots or not others:
+        return {task: float(root / sum(roots.values())) for task, root in roots.items()}
+    rest = {task: float((1 - caption_share) * root / sum(others.values())) for task, root in others.items()}
+    return {"caption": caption_share, **rest}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage2Batch:
+    ids: tuple[str, ...]
+    instructions: list[str]
+    seen: list[SeenImage]
+    answers: list[str]
+    spatial_texts: list[str]
+
+
+class Stage2Data:
+    """Samples of a refined split by task."""
+
+    def __init__(
+        self,
+        split: RefinedSplit,
+        *,
+        coordinate_format: CoordinateFormat,
+        caption_share: float | None,
+        without_spatial: float,
+        spatial_text_in_llm: bool,
+        seed: int,
+    ) -> None:
+        self.split, self.coordinate_format, self.seed = split, coordinate_format, seed
+        self.without_spatial, self.spatial_text_in_llm = without_spatial, spatial_text_in_llm
+        self.by_task: dict[str, list[Sample]] = {}
+        for sample in split.samples:
+            self.by_task.setdefault(sample.task, []).append(sample)
+        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, caption_share)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_task.values()))
+
+    def batch(self, step: int, batch_size: int) -> Stage2Batch:
+        chosen = [self._draw(step, slot) for slot in range(batch_size)]
+        samples = [sample for sample, *_ in chosen]
+        return Stage2Batch(
+            ids=tuple(s.sample_id for s in samples),
+            instructions=[i for _, i, _, _ in chosen],
+            seen=[self.split.seen(s.image_id) for s in samples],
+            answers=[a for *_, a, _ in chosen],
+            spatial_texts=[
+                self.split.images[s.image_id].spatial_text if with_spatial else "" for s, *_, with_spatial in chosen
+            ],
+        )
+
+    def _draw(self, step: int, slot: int) -> tuple[Sample, str, str, bool]:
+        draw = rng(self.seed, "stage2", step, slot)
+        task = list(self.weights)[draw.choice(len(self.weights), p=list(self.weights.values()))]
+        sample = self.by_task[task][draw.integers(len(self.by_task[task]))]
+        image = self.split.images[sample.image_id]
+        choice = int(draw.integers(1 << 30))
+        with_spatial = self.spatial_text_in_llm and (task == "refer" or draw.random() >= self.without_spatial)
+        answer = target(sample, image.width, image.height, self.coordinate_format, choice)
+        return sample, instruction(sample, choice), answer, with_spatial
+
+
+def without_target(samples: Sequence[Sample]) -> list[str]:
+    """Ids of samples that have nothing to learn from: no answer, no box, no turn."""
+    return [s.sample_id for s in samples if not (s.references or s.box_xyxy or s.turns)]

@@ -1,0 +1,170 @@
+"""MQ-Former: who can influence whom, empty rows, switched-off parts, and the start from BERT."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from lyrics.model.local_tokens import LocalFeatures
+from lyrics.model.mq_former import PATTERNS, MQFormer, MQFormerConfig, attention_mask
+from lyrics.model.mq_former_weights import load_bert
+
+V, G, T = 2, 3, 4
+CONFIG = MQFormerConfig(
+    visual_queries=V,
+    grounding_queries=G,
+    hidden_size=16,
+    layers=2,
+    heads=2,
+    intermediate_size=32,
+    cross_attention_every=2,
+    max_text_tokens=12,
+    dropout=0.0,
+    projection_size=8,
+    detector_tokens=True,
+    segmenter_tokens=True,
+    vocabulary_size=30,
+    pad_token_id=0,
+    image_width=10,
+    detector_width=6,
+    segmenter_width=5,
+    max_objects=4,
+)
+
+
+def pictures(batch: int = 2, objects: int = 3) -> tuple[torch.Tensor, LocalFeatures]:
+    torch.manual_seed(1)
+    return torch.randn(batch, 5, 10), LocalFeatures(
+        detector_BND=torch.randn(batch, objects, 6),
+        segmenter_BND=torch.randn(batch, objects, 5),
+        tag_ids_BNK=torch.randint(1, 30, (batch, objects, 2)),
+        boxes_BN4=torch.rand(batch, objects, 4),
+        object_mask_BN=torch.ones(batch, objects, dtype=torch.bool),
+    )
+
+
+def model(**changes: object) -> MQFormer:
+    torch.manual_seed(0)
+    return MQFormer(dataclasses.replace(CONFIG, **changes)).eval()
+
+
+def may_influence(objective: str) -> torch.Tensor:
+    """Reachability over two layers of attention, computed by hand from the paper's table: row depends on column."""
+    size = V + G + T
+    one_SS = torch.eye(size, dtype=torch.bool)
+    for row in range(size):
+        for column in range(size):
+            query_row, query_column = row < V + G, column < V + G
+            if query_row == query_column:
+                allowed = True
+                if objective == "captioning" and not query_row:
+                    allowed = column <= row
+            elif query_row:
+                allowed = objective in ("matching", "masked_spatial", "instruction")
+            else:
+                allowed = objective != "contrastive"
+            one_SS[row, column] |= allowed
+    return (one_SS.float() @ one_SS.float()) > 0
+
+
+@pytest.mark.parametrize("objective", sorted(PATTERNS))
+def test_gradients_flow_only_where_the_pattern_allows(objective: str) -> None:
+    mq_former = model()
+    with torch.no_grad():
+        memory = mq_former.look(*pictures(batch=1))
+    inputs: list[torch.Tensor] = []
+    mq_former.embedding_norm.register_forward_hook(
+        lambda _module, _input, output: inputs.append(output.detach().requires_grad_()) or inputs[-1]
+    )
+    query, text = mq_former(objective, memory, torch.tensor([[5, 6, 7, 8]]))
+    # A LayerNorm's outputs sum to a constant: weigh them unevenly.
+    outputs_S = (torch.cat([query, text], dim=1)[0] * torch.linspace(-1, 2, CONFIG.hidden_size)).sum(-1)
+    found = torch.stack(
+        [torch.autograd.grad(out, inputs[-1], retain_graph=True)[0][0].abs().sum(-1) > 0 for out in outputs_S]
+    )
+    assert torch.equal(found, may_influence(objective))
+
+
+def test_padding_influences_nothing() -> None:
+    mq_former = model()
+    memory = mq_former.look(*pictures(batch=1))
+    mask = torch.tensor([[True, True, False, False]])
+    first, _ = mq_former("instruction", memory, torch.tensor([[5, 6, 7, 8]]), mask)
+    second, _ = mq_former("instruction", memory, torch.tensor([[5, 6, 9, 1]]), mask)
+    assert torch.equal(first, second)
+
+
+def test_visual_queries_see_the_picture_and_grounding_queries_the_objects() -> None:
+    mq_former = model()
+    image, local = pictures(batch=1)
+    image.requires_grad_()
+    detector = local.detector_BND.requires_grad_()
+    query, _ = mq_former("contrastive", mq_former.look(image, local), cross_query=False)
+    visual, grounding = mq_former.split_queries(query)
+    weights = torch.linspace(-1, 2, CONFIG.hidden_size)
+    on_image, on_objects = torch.autograd.grad(
+        (visual * weights).sum(), [image, detector], retain_graph=True, allow_unused=True
+    )
+    assert on_image.abs().sum() > 0 and (on_objects is None or on_objects.abs().sum() == 0)
+    on_image, on_objects = torch.autograd.grad((grounding * weights).sum(), [image, detector], allow_unused=True)
+    assert (on_image is None or on_image.abs().sum() == 0) and on_objects.abs().sum() > 0
+
+
+def test_a_picture_without_objects_is_ordinary() -> None:
+    mq_former = model().train()
+    image, local = pictures()
+    nothing = dataclasses.replace(local, object_mask_BN=torch.zeros_like(local.object_mask_BN))
+    query, text = mq_former("matching", mq_former.look(image, nothing), torch.tensor([[5, 6], [7, 8]]))
+    (query.pow(2).sum() + text.pow(2).sum()).backward()
+    assert query.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mq_former.parameters() if p.grad is not None)
+    assert mq_former.local_tokens.nothing.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("changes", [{"visual_queries": 0}, {"grounding_queries": 0}, {"segmenter_tokens": False}])
+def test_either_kind_of_query_and_each_source_can_be_switched_off(changes: dict) -> None:
+    mq_former = model(**changes)
+    query, _ = mq_former("matching", mq_former.look(*pictures()), torch.tensor([[5, 6], [7, 8]]))
+    assert query.shape == (2, mq_former.config.queries, 16) and query.isfinite().all()
+    assert all(part.shape[1] for part in mq_former.split_queries(query))
+
+
+def test_memory_index_equals_looking_again() -> None:
+    mq_former = model()
+    image, local = pictures(batch=3)
+    rows = torch.tensor([2, 0])
+    ids = torch.tensor([[5, 6], [7, 8]])
+    indexed, _ = mq_former("matching", mq_former.look(image, local).index(rows), ids)
+    again, _ = mq_former("matching", mq_former.look(image[rows], local.index(rows)), ids)
+    torch.testing.assert_close(indexed, again)
+
+
+def test_captioning_mask_is_causal_and_padding_sees_only_itself() -> None:
+    mask = attention_mask("captioning", visual=1, grounding=0, text_mask_BT=torch.tensor([[True, True, False]]))
+    assert mask[0, 0].tolist() == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+
+
+def test_text_alone_equals_the_bert_it_started_from() -> None:
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=28, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=20,
+        )
+    ).eval()  # fmt: skip
+    mq_former = model()
+    counts = load_bert(mq_former, bert.state_dict())
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[True, True, True], [True, True, False]])
+    expected = bert.bert(ids, attention_mask=mask.long()).last_hidden_state
+    _, found = mq_former("contrastive", None, ids, mask)
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    assert torch.equal(
+        mq_former.layers[1].query_feed_forward.inner.weight, bert.bert.encoder.layer[1].intermediate.dense.weight
+    )
+    assert counts.copied == 2 * 6 and counts.new > 0
