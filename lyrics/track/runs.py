@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import yaml
 
-from lyrics import io
+from lyrics import dag, io
 from lyrics.track import server
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class RunTracker:
                 self.client.log_artifact(self.run_id, str(path), folder)
 
     def log_dataset(self, name: str, path: Path, sha256: str) -> None:
-        """Record a data set that the run reads. MLflow's digest holds 36 characters; the whole hash is in the source."""
+        """Record a data set that the run reads. MLflow's digest is short; the whole hash is in the source."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": Path(path).as_posix(), "sha256": sha256})
@@ -110,7 +109,7 @@ def stage_run(stage: str, config: Any) -> Iterator[RunTracker]:
 
     Args:
         stage: a stage of dvc.yaml (`clean`, `foundation@clip`) or `register`.
-        config: the configuration; the keys that dvc.yaml lists for the stage are logged (all, where it lists none).
+        config: the configuration; the keys that dvc.yaml lists for the stage are logged.
     """
     with _run(RunTracker, stage, os.environ.get(PARENT_VARIABLE)) as tracker:
         tracker.log_params(keys_read(stage, flatten(config)))
@@ -199,18 +198,12 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys_read(stage: str, flat: Mapping[str, Any], pipeline: Path = Path("dvc.yaml")) -> dict[str, Any]:
-    """The entries of `flat` that dvc.yaml says the stage reads."""
-    name, _, item = stage.partition("@")
-    stages = yaml.safe_load(pipeline.read_text())["stages"] if pipeline.exists() else {}
-    listed = [
-        key.replace("${item}", item).replace("${key}", item)
-        for entry in stages.get(name, {}).get("params", [])
-        for keys in (entry.values() if isinstance(entry, dict) else [[entry]])
-        for key in keys or []
-    ]
-    if not listed:
+def keys_read(stage: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `flat` that dvc.yaml says the stage reads; all of them for what is not in dvc.yaml."""
+    known = dag.read().get(stage) if dag.DVC_FILE.exists() else None
+    if known is None:
         return dict(flat)
+    listed = [key for keys in known.params.values() for key in keys]
     return {key: value for key, value in flat.items() if any(key == k or key.startswith(f"{k}.") for k in listed)}
 
 

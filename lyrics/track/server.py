@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_UV_AUTO_DETECT": "false",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _SQLITE = "sqlite:///"
@@ -73,9 +74,9 @@ def connect() -> "MlflowClient":
         warnings.simplefilter("ignore")
         from mlflow.tracking import MlflowClient
 
-        # Alembic and MLflow announce every migration of a new database: forty lines that nobody asked for.
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        # They announce every migration of a new database and every step taken: pages that nobody asked for.
+        for name, level in (("alembic", logging.ERROR), ("urllib3", logging.ERROR), ("mlflow", logging.WARNING)):
+            logging.getLogger(name).setLevel(level)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.get_experiment_by_name(EXPERIMENT)
     return client
@@ -110,7 +111,9 @@ def reachable() -> Iterator[None]:
         raise _unreachable(tracking_uri(), str(error)) from error
     except MlflowException as error:
         if "out-of-date database schema" in error.message or "Can't locate revision" in error.message:
-            raise InputError(f"{tracking_uri()} was written by another MLflow version: {_short(error.message)}") from error
+            raise InputError(
+                f"{tracking_uri()} was written by another MLflow version: {_short(error.message)}"
+            ) from error
         if error.error_code in ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"):
             raise _unreachable(tracking_uri(), error.message) from error
         raise
@@ -132,7 +135,9 @@ def _check_reachable(uri: str) -> None:
 
 def _check_sqlite(path: Path) -> None:
     if not path.parent.is_dir():
-        raise InputError(f"The folder of the MLflow database {path} does not exist; make it or correct MLFLOW_TRACKING_URI")
+        raise InputError(
+            f"The folder of the MLflow database {path} does not exist; make it or correct MLFLOW_TRACKING_URI"
+        )
     if not path.exists():
         if not os.access(path.parent, os.W_OK):
             raise InputError(f"{path.parent} is not writable, so MLflow's database cannot be made there")

@@ -1,0 +1,86 @@
+"""The model as MLflow serves it (models from code): MLflow runs this file to get the model, so it imports little.
+
+POST /invocations {"dataframe_records": [{"image": "<base64>", "prompt": "What colour is the umbrella?"}]}
+-> {"predictions": ["red"]}
+"""
+
+import base64
+import binascii
+import io
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModel
+from PIL import Image, UnidentifiedImageError
+
+MAX_ROWS = 32
+MAX_IMAGE_BYTES = 10 * 2**20
+MAX_PIXELS = 32_000_000
+MAX_PROMPT_CHARACTERS = 2000
+
+
+class Answerer(Protocol):
+    def answer(self, image: Image.Image, question: str) -> str: ...
+
+
+class ServedLyrics(PythonModel):
+    """Rows of (base64 image, prompt) to answers. What a caller did wrong is HTTP 400 with one sentence."""
+
+    def load_context(self, context: Any) -> None:  # MLflow looks for an argument of exactly this name
+        from lyrics.inference import Lyrics
+
+        folders = {name: Path(path) for name, path in context.artifacts.items()}
+        self.model: Answerer = Lyrics.from_folders(folders["stage2"], folders["foundation"])
+        # The server answers each request in a thread; two at once would share cores and gain nothing.
+        self.lock = threading.Lock()
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        if len(model_input) > MAX_ROWS:
+            raise _refused(f"{len(model_input)} rows; at most {MAX_ROWS} in a request")
+        rows = [
+            (decode_image(image, row), check_prompt(prompt, row))
+            for row, (image, prompt) in enumerate(zip(model_input["image"], model_input["prompt"], strict=True))
+        ]
+        with self.lock:
+            return [self.model.answer(image, prompt) for image, prompt in rows]
+
+
+def decode_image(encoded: str, row: int = 0) -> Image.Image:
+    """An RGB picture from base64 (a data URL will do)."""
+    if not isinstance(encoded, str) or not encoded.strip():
+        raise _refused(f"row {row}: image is empty; send a JPEG or PNG file in base64")
+    text = encoded.partition(",")[2] if encoded.startswith("data:") else encoded
+    if len(text) > MAX_IMAGE_BYTES * 4 // 3 + 4:
+        raise _refused(f"row {row}: image is larger than {MAX_IMAGE_BYTES // 2**20} MiB; send a smaller one")
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise _refused(f"row {row}: image is not base64; send a JPEG or PNG file in base64") from None
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise _refused(f"row {row}: image has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,}")
+        return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise _refused(f"row {row}: image is no picture that can be read; send a JPEG or PNG file in base64") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _refused(f"row {row}: image is broken or truncated ({error})") from None
+
+
+def check_prompt(prompt: str, row: int = 0) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise _refused(f"row {row}: prompt is empty; ask a question about the picture")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise _refused(f"row {row}: prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS}")
+    return prompt
+
+
+def _refused(message: str) -> MlflowException:
+    return MlflowException.invalid_parameter_value(message)
+
+
+mlflow.models.set_model(ServedLyrics())
