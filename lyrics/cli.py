@@ -25,12 +25,13 @@ STAGES, USE = "Stages of dvc.yaml (run them with `dvc repro` or `make run`)", "U
 def _stage(name: str, run: Callable[..., None], *first: Any) -> None:
     """Run one stage with the composed configuration and a tracked run."""
     from lyrics import config
-    from lyrics.track.runs import stage_run
+    from lyrics.track import runs
 
     def body(work: Path) -> None:
         settings = config.load()
-        with stage_run(name, settings) as tracker:
+        with runs.stage_run(name, settings) as tracker:
             run(*first, settings, work, tracker)
+            tracker.published(work / "out")
 
     run_stage(name, body)
 
@@ -39,10 +40,10 @@ def _stage(name: str, run: Callable[..., None], *first: Any) -> None:
 def compose() -> None:
     """Write build/config.yaml from params/."""
     from lyrics import compose as composing
-    from lyrics.stage import leave_token
+    from lyrics.stage import leaving_token
 
-    leave_token("compose")
-    composing.write(composing.compose())
+    with leaving_token("compose"):
+        composing.write(composing.compose())
 
 
 @app.command(rich_help_panel=STAGES)
@@ -132,9 +133,10 @@ def ask(
 @app.command(rich_help_panel=USE)
 def register() -> None:
     """Register models/stage2 in MLflow as `candidate`; the same content keeps its version."""
+    from lyrics import config
     from lyrics.track.registry import register as enter
 
-    print(enter())
+    print(enter(config.load()))
 
 
 @app.command(rich_help_panel=USE)

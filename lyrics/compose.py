@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import TypeAdapter
@@ -48,12 +48,11 @@ def _compose(choices: dict[str, Any], run: Path) -> dict[str, Any]:
         for key, value in flat.items():
             if key not in groups:
                 _set(composed, key, value, run)
-        values = OmegaConf.to_container(composed, resolve=True)
+        values = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(
             f"The configuration in {root.name}/ cannot be composed: {str(error).splitlines()[0]}"
         ) from None
-    assert isinstance(values, dict)
     _set_folder(values, choices["folder"])
     return TypeAdapter(Config).dump_python(parse(values), mode="json")
 

@@ -53,38 +53,84 @@ class NullTracker:
 
 
 def token(name: str) -> Path:
-    """The file that a verb leaves when it starts: whoever called DVC learns from it that the stage really ran."""
+    """The file that a verb leaves when it starts: whoever called DVC learns from it that the stage really ran.
+
+    It is empty, or holds the exit code and the sentence with which the verb failed.
+    """
     return TOKENS / name
 
 
-def leave_token(name: str) -> None:
+@contextlib.contextmanager
+def leaving_token(name: str) -> Iterator[None]:
     io.write_text(token(name), "")
+    try:
+        yield
+    except Exception as error:
+        code, sentence = verdict(error)
+        with contextlib.suppress(OSError):  # the disk may be full; the first failure is the one to report
+            io.write_text(token(name), f"{code} {sentence}")
+        raise
 
 
 def run_stage(name: str, body: Callable[[Path], None]) -> None:
-    """Run `body(work)`, then rename `work/out` to the output that dvc.yaml names for stage `name`.
+    """Run `body(work)`, which writes `work/out`, and put that in the place that dvc.yaml names for stage `name`.
 
     `work` is the same folder again for the same inputs, so that a killed stage resumes there; `work/out` starts empty.
+    The finished result stays in `work`, as hard links, until the stage is seen to be in dvc.lock: DVC killed before it
+    wrote that would otherwise throw away what is finished.
 
     Raises:
         InputError: an input is absent, or another process runs this stage.
     """
     stage = _spec(name)
     die_with_parent()
-    with _locked(name):
-        leave_token(name)
+    with _locked(name), leaving_token(name):
         work = WORK / name / fingerprint(stage)
-        for other in (WORK / name).glob("*"):
-            if other != work:
-                shutil.rmtree(other, ignore_errors=True)
-        out = work / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        body(work)
-        if not out.exists():
-            raise RuntimeError(f"stage {name} ended without writing {out}")
-        io.publish(out, Path(stage.outs[0]))
-        shutil.rmtree(WORK / name, ignore_errors=True)
+        _keep_only(work)
+        out, finished = work / "out", work / "finished"
+        if finished.exists() and _in_lock_file(name):  # whoever asks again now wants it done again
+            shutil.rmtree(work)
+        if not finished.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            work.mkdir(parents=True, exist_ok=True)
+            body(work)
+            if not out.is_dir():
+                raise RuntimeError(f"stage {name} ended without writing the folder {out}")
+            out.rename(finished)
+        _publish(finished, Path(stage.outs[0]))
+        for rest in work.iterdir():
+            if rest != finished:
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
+def forget(name: str) -> None:
+    """Remove the work folder of a stage that DVC has recorded."""
+    shutil.rmtree(WORK / name, ignore_errors=True)
+
+
+def _keep_only(work: Path) -> None:
+    for other in work.parent.glob("*"):
+        if other != work:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _publish(finished: Path, destination: Path) -> None:
+    copy = finished.with_name("publish")
+    shutil.rmtree(copy, ignore_errors=True)
+    try:
+        shutil.copytree(finished, copy, copy_function=os.link)
+    except (OSError, shutil.Error):  # a file system without hard links: nothing is kept
+        shutil.rmtree(copy, ignore_errors=True)
+        copy = finished
+    io.publish(copy, destination)
+
+
+def _in_lock_file(name: str) -> bool:
+    """Whether dvc.lock holds this stage with the inputs that are here now. Slow: imports DVC."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        return not any(dep.status() for dep in repo.stage.load_one(name=name).deps)
 
 
 def _spec(name: str) -> dag.Stage:
@@ -143,33 +189,29 @@ def is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code and, where the user can mend it, the sentence to show instead of a traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, ""
+    if isinstance(error, InputError):
+        return EXIT_INPUT, str(error)
+    if is_full_disk(error):
+        return 1, f"the disk, a quota or a size limit is full ({error}); free some space and run the same command again"
+    if isinstance(error, RetryableError):
+        return EXIT_RETRY, f"{error} (this may pass: run the same command again)"
+    return 1, f"{type(error).__name__}: {error}"
+
+
 @contextlib.contextmanager
 def one_sentence(debug: bool = False) -> Iterator[None]:
-    """Turn failures into an exit code and, where the user can mend them, one sentence instead of a traceback."""
-    debug = debug or bool(os.environ.get("LYRICS_DEBUG"))
+    """End the process with an exit code and one sentence where that is enough; other errors keep their traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        code, message = EXIT_INTERRUPTED, ""
-    except InputError as error:
-        code, message = EXIT_INPUT, str(error)
-        _trace(debug)
-    except RetryableError as error:
-        code, message = EXIT_RETRY, f"{error} (this may pass: run the same command again)"
-        _trace(debug)
-    except Exception as error:
-        if not is_full_disk(error):
-            raise
-        code = 1
-        message = f"The disk or a size limit is full ({error}); free some space and run the same command again."
-        _trace(debug)
-    else:
-        return
-    if message:
-        print(f"lyrics: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _trace(debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+    except (KeyboardInterrupt, Exception) as error:
+        code, sentence = verdict(error)
+        known = isinstance(error, KeyboardInterrupt | InputError | RetryableError) or is_full_disk(error)
+        if not known or debug or os.environ.get("LYRICS_DEBUG"):
+            traceback.print_exc()
+        elif sentence:
+            print(f"lyrics: {sentence}", file=sys.stderr)
+        raise SystemExit(code) from None
