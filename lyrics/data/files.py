@@ -1,9 +1,10 @@
 """Reading files that strangers wrote: JSON with the place of the error, names that stay in their folder, pictures."""
 
 import gzip
+import hashlib
+import io
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,15 +90,11 @@ def is_safe_name(name: object) -> bool:
 
 
 def decode(content: bytes | Path) -> Image.Image:
-    """The whole picture as RGB, upright as its EXIF orientation says only if it is stored upright.
-
-    Stored pixels are kept as they are (boxes of public data sets refer to them); see `orientation`.
+    """The whole picture as RGB, its pixels as they are stored: boxes refer to them, so EXIF orientation is ignored.
 
     Raises:
         BadImageError: if it is no picture, is truncated, or has more than `MAX_PIXELS` pixels.
     """
-    import io
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -117,10 +114,4 @@ def decode(content: bytes | Path) -> Image.Image:
 
 def pixel_hash(image: Image.Image) -> str:
     """Equal for equal pixels, whatever file they came in."""
-    import hashlib
-
     return hashlib.sha256(f"{image.size}".encode() + np.asarray(image).tobytes()).hexdigest()
-
-
-def iter_jpegs(folder: Path) -> Iterator[Path]:
-    yield from sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))

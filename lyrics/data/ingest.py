@@ -7,9 +7,7 @@ summary.json      counts;  rejected.parquet: what was set aside, and why;  web_t
 
 import collections
 import itertools
-import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,10 @@ from tqdm import tqdm
 
 from lyrics import seeding
 from lyrics.data import pope, vqa
+from lyrics.data.formats import write_coco, write_document, write_json_lines
 from lyrics.data.records import Rejected
 from lyrics.data.webdataset import WebPair, write_tar
-from lyrics.io import write_bytes, write_json, write_text
+from lyrics.io import write_json, write_text
 from lyrics.world import datasets
 
 if TYPE_CHECKING:
@@ -85,9 +84,11 @@ def _write_web(config: "Config", folder: Path) -> dict[str, int]:
 def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, int]:
     world = config.world
     total = getattr(world.scenes, split)
+    images_folder = folder / "images"
+    images_folder.mkdir(parents=True)
     drawn = []
     for picture in tqdm(datasets.pictures(config.seed, split, world), f"ingest {split}", total, disable=None):
-        write_bytes(folder / "images" / picture.file_name, picture.jpeg)
+        (images_folder / picture.file_name).write_bytes(picture.jpeg)
         drawn.append(picture)
     side = world.image_size_px
     images = [{"id": p.image_id, "file_name": p.file_name, "width": side, "height": side} for p in drawn]
@@ -112,27 +113,9 @@ def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, in
         counts["pope"] = len(lines_pope)
     else:
         dialogues = [_llava(p.image_id, p.file_name, p.dialogue) for p in drawn]
-        write_json(folder / "llava.json", dialogues)
+        write_document(folder / "llava.json", dialogues)
         counts["dialogues"] = len(dialogues)
     return counts
-
-
-def write_coco(
-    folder: Path,
-    images: list[dict[str, Any]],
-    captions: Iterable[tuple[int, str]],
-    annotations: Iterable[dict[str, Any]],
-    categories: list[dict[str, Any]],
-) -> None:
-    """captions.json and instances.json in COCO's format, annotations numbered in order."""
-    texts = [{"id": i, "image_id": image_id, "caption": text} for i, (image_id, text) in enumerate(captions, start=1)]
-    write_json(folder / "captions.json", {"images": images, "annotations": texts})
-    numbered = [{**annotation, "id": i} for i, annotation in enumerate(annotations, start=1)]
-    write_json(folder / "instances.json", {"images": images, "annotations": numbered, "categories": categories})
-
-
-def write_json_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(value, sort_keys=True, ensure_ascii=False) + "\n" for value in values))
 
 
 def write_rejected(path: Path, rejected: list[Rejected]) -> None:

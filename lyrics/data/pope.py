@@ -1,4 +1,4 @@
-"""POPE's format (JSON lines): is there such an object in the image? Yes and no equally often, three ways to pick the no."""
+"""POPE (JSON lines): is there such an object in the image? Yes and no equally often, three ways to pick the no."""
 
 import collections
 from pathlib import Path
@@ -39,7 +39,8 @@ def sample(presence: dict[str, list[str]], names: list[str], generator: np.rando
             if category == "popular":
                 order.sort(key=lambda name: -frequency[name])
             elif category == "adversarial":
-                order.sort(key=lambda name, there=there: -sum(together[other][name] for other in there))
+                company = sum((together[other] for other in there), collections.Counter())
+                order.sort(key=lambda name, company=company: -company[name])  # type: ignore[misc]
             for positive, negative in zip(asked, order[:count], strict=True):
                 for name, label in ((positive, "yes"), (negative, "no")):
                     lines.append({"image": image, "text": question(name), "label": label, "category": category})

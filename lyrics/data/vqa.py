@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lyrics.data.files import load_json, records
+from lyrics.data.formats import write_document
 from lyrics.data.records import Rejected, Sample
-from lyrics.io import write_json
 
 ANSWERS_PER_QUESTION = 10
 
@@ -36,8 +36,8 @@ def write(folder: Path, asked: list[tuple[int, str, str, str]], split: str) -> i
             }
         )
     head = {"data_type": "lyrics", "data_subtype": split}
-    write_json(folder / "vqa_questions.json", {**head, "task_type": "Open-Ended", "questions": questions})
-    write_json(folder / "vqa_annotations.json", {**head, "annotations": annotations})
+    write_document(folder / "vqa_questions.json", {**head, "task_type": "Open-Ended", "questions": questions})
+    write_document(folder / "vqa_annotations.json", {**head, "annotations": annotations})
     return len(questions)
 
 

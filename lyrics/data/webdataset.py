@@ -76,18 +76,17 @@ def _pair(key: str, parts: dict[str, bytes]) -> WebPair:
 def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
     """Write a tar and its parquet table. Equal pairs give equal bytes: no times, owners or modes of this machine."""
     rows = []
-    with atomic_path(path) as temporary:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as opened:
-            for pair in pairs:
-                meta = {**pair.meta, "key": pair.key}
-                if pair.caption is not None:
-                    meta["caption"] = pair.caption
-                members = {"jpg": pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
-                members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
-                for suffix, content in members.items():
-                    if content is not None:
-                        _add(opened, f"{pair.key}.{suffix}", content)
-                rows.append(_row(pair, meta))
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as opened:
+        for pair in pairs:
+            meta = {**pair.meta, "key": pair.key}
+            if pair.caption is not None:
+                meta["caption"] = pair.caption
+            members = {"jpg": pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
+            members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+            for suffix, content in members.items():
+                if content is not None:
+                    _add(opened, f"{pair.key}.{suffix}", content)
+            rows.append(_row(pair, meta))
     with atomic_path(path.with_suffix(".parquet")) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
 
@@ -128,7 +127,7 @@ def image_bytes(path: str | Path) -> bytes:
         if not separator:
             return Path(path).read_bytes()
         offset, size = _offsets(tar, Path(tar).stat().st_mtime_ns)[member]
-        with open(tar, "rb") as opened:
+        with Path(tar).open("rb") as opened:
             opened.seek(offset)
             return opened.read(size)
     except KeyError:

@@ -29,8 +29,7 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
         return _prompt(spatial, "Describe the image.", language.captions(scene, generator, 1)[0])
     if form < 0.4:
         return _referring(scene, spatial, generator)
-    asked = questions(scene, generator, 8)
-    question = asked[int(generator.integers(len(asked)))]
+    question = questions(scene, generator, 1)[0]
     if question.kind in ("colour", "kind") or set(COLORS) & set(question.text.split()) or generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
     return _prompt(spatial, question.text, question.answer)

@@ -1,4 +1,4 @@
-"""The world as data sets: pictures with the documents of the public formats (COCO, VQAv2, RefCOCO, LLaVA), and web pairs."""
+"""The world as data sets: annotated pictures with what the public formats say about them, and web pairs."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -80,9 +80,15 @@ class Scene:
             return None
         return (difference < 0) == (relation in ("left of", "above"))
 
-    def find(self, **wanted: str) -> list[SceneObject]:
-        """The objects whose attributes equal `wanted`, e.g. `find(kind="star", color="red")`."""
-        return [item for item in self.objects if all(getattr(item, key) == value for key, value in wanted.items())]
+    def find(self, *, kind: str | None = None, color: str | None = None, size: str | None = None) -> list[SceneObject]:
+        """The objects with these attributes, e.g. `find(kind="star", color="red")`."""
+        return [
+            item
+            for item in self.objects
+            if (kind is None or item.kind == kind)
+            and (color is None or item.color == color)
+            and (size is None or item.size == size)
+        ]
 
 
 @functools.lru_cache(maxsize=8192)
@@ -106,7 +112,7 @@ def glyph(kind: str, side_px: int) -> np.ndarray:
 def sample_scene(
     generator: np.random.Generator, split: str, image_size_px: int = _REFERENCE_PX, max_objects: int = 5
 ) -> Scene:
-    """Draw one scene graph. `test_ood` has more objects, other grounds, and only colour–kind pairs held out elsewhere."""
+    """Draw one scene graph. `test_ood` has more objects, other grounds, and only the held-out colour–kind pairs."""
     ood = split == "test_ood"
     count = int(generator.integers(max_objects, max_objects + 3)) if ood else _object_count(generator, max_objects)
     theme = vocabulary.THEMES[int(generator.integers(len(vocabulary.THEMES)))]
