@@ -6,7 +6,6 @@ POST /invocations {"dataframe_records": [{"image": "<base64>", "prompt": "What c
 
 import base64
 import binascii
-import io
 import threading
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +14,10 @@ import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 MAX_ROWS = 32
 MAX_IMAGE_BYTES = 10 * 2**20
-MAX_PIXELS = 32_000_000
 MAX_PROMPT_CHARACTERS = 2000
 
 
@@ -50,7 +48,7 @@ class ServedLyrics(PythonModel):
 
 
 def decode_image(encoded: str, row: int = 0) -> Image.Image:
-    """An RGB picture from base64 (a data URL will do)."""
+    """An RGB picture from base64 (a data URL will do), decoded as `lyrics ask` decodes a file."""
     if not isinstance(encoded, str) or not encoded.strip():
         raise _refused(f"row {row}: image is empty; send a JPEG or PNG file in base64")
     text = encoded.partition(",")[2] if encoded.startswith("data:") else encoded
@@ -60,15 +58,12 @@ def decode_image(encoded: str, row: int = 0) -> Image.Image:
         content = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise _refused(f"row {row}: image is not base64; send a JPEG or PNG file in base64") from None
+    from lyrics.data.files import BadImageError, decode
+
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise _refused(f"row {row}: image has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,}")
-        return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise _refused(f"row {row}: image is no picture that can be read; send a JPEG or PNG file in base64") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _refused(f"row {row}: image is broken or truncated ({error})") from None
+        return decode(content)
+    except BadImageError as error:
+        raise _refused(f"row {row}: image cannot be read: {error}; send a JPEG or PNG file in base64") from None
 
 
 def check_prompt(prompt: str, row: int = 0) -> str:

@@ -125,7 +125,7 @@ def _check_reachable(uri: str) -> None:
         _check_sqlite(Path(uri.removeprefix(_SQLITE)))
     elif uri.startswith(("http://", "https://")):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
+            urllib.request.urlopen(f"{_without_user(uri).rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 raise _unreachable(uri, f"HTTP {error.code}") from error
@@ -153,7 +153,7 @@ def _check_sqlite(path: Path) -> None:
 
 def _unreachable(uri: str, why: str) -> RetryableError:
     return RetryableError(
-        f"The MLflow server at {_without_password(uri)} did not answer ({_short(why)}). Start it, correct "
+        f"The MLflow server at {_without_user(uri)} did not answer ({_short(why)}). Start it, correct "
         "MLFLOW_TRACKING_URI, or unset that variable to use mlflow.db in this folder; then run the same command again"
     )
 
@@ -163,6 +163,7 @@ def _short(text: str) -> str:
     return lines[0][:200] if lines else "no reason given"
 
 
-def _without_password(uri: str) -> str:
+def _without_user(uri: str) -> str:
+    """The URI without user and password, which urllib cannot use and a message must not show."""
     parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1) if "@" in parts.netloc else uri

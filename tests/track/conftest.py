@@ -69,9 +69,8 @@ def project(tmp_path, monkeypatch, empty_store):
         io.write_text(Path("data/raw") / split / "captions.json", f"[{split!r}]")
     io.write_json(Path("data/raw/summary.json"), {"test": 2})
     fake = tmp_path / "fake" / "lyrics"
-    fake.mkdir(parents=True)
+    shutil.copytree(packaging.PACKAGE, fake, ignore=shutil.ignore_patterns("__pycache__"))
     (fake / "inference.py").write_text(FAKE_INFERENCE)
-    shutil.copy(packaging.PACKAGE / "serving.py", fake / "serving.py")
     return tmp_path
 
 
@@ -81,7 +80,7 @@ def sources(project):
 
 
 @pytest.fixture
-def make_model(project):
+def make_model(project, write_reports):
     """Writes models/ and reports/ of a model that answers the first `quality` share of the samples rightly."""
 
     def make(quality: float, samples: int = SAMPLES) -> None:
@@ -93,7 +92,12 @@ def make_model(project):
     return make
 
 
-def write_reports(folder: Path, quality: float, samples: int = SAMPLES) -> Path:
+@pytest.fixture
+def write_reports():
+    return _write_reports
+
+
+def _write_reports(folder: Path, quality: float, samples: int = SAMPLES) -> Path:
     right = [float(i < quality * samples) for i in range(samples)]
     table = pa.table(
         {

@@ -48,7 +48,7 @@ def test_version_whose_files_are_gone_is_not_reused(sources, make_model):
     make_model(0.5)
     registry.register({}, sources)
     shutil.rmtree("mlruns")
-    with pytest.raises(InputError, match="gone from .*register it again"):
+    with pytest.raises(InputError, match=r"gone from .*register it again"):
         registry.resolve("models:/lyrics@candidate")
     assert registry.register({}, sources).version == 2
     assert registry.resolve("models:/lyrics@candidate").stage2.is_dir()
