@@ -32,8 +32,9 @@ def other_images(image_ids: Iterable[str], *keys: object) -> dict[str, str] | No
 class MostFrequent:
     """The constant answer of each (task, kind), fitted on a training split.
 
-    A kind that training lacks takes the constant of its whole task. For captions it is the commonest one, or the one
-    nearest to all where none repeats; for boxes, the training box that overlaps (IoU > 0.5) most training boxes.
+    A kind that training lacks takes the constant of its whole task, and POPE without training samples that of the
+    yes/no questions. For captions it is the commonest one, or the one nearest to all where none repeats; for boxes,
+    the training box that overlaps (IoU > 0.5) most training boxes.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class MostFrequent:
                 self._answers[task, kind] = format_box(commonest_box(boxes), coordinate_format)
             elif task in ("vqa", "pope"):
                 self._answers[task, kind] = most_common([most_common(s.references) for s in group])
+        yes_or_no = [
+            text for s in groups.get(("vqa", None), []) if (text := most_common(s.references).lower()) in ("yes", "no")
+        ]
+        if ("pope", None) not in self._answers and yes_or_no:
+            self._answers["pope", None] = most_common(yes_or_no)
 
     def answer(self, sample: Sample) -> str | None:
         """None where training has no sample of the task."""
@@ -65,7 +71,7 @@ def most_common(texts: Sequence[str]) -> str:
 
 
 def consensus_caption(captions: Sequence[str]) -> str:
-    """The caption that occurs most often; where all differ, the one most like the mean of all (cosine of word counts)."""
+    """The most frequent caption; where all differ, the one most like the mean of all (cosine of word counts)."""
     commonest = most_common(captions)
     if captions.count(commonest) > 1:
         return commonest
@@ -81,7 +87,7 @@ def consensus_caption(captions: Sequence[str]) -> str:
 
 
 def commonest_box(boxes: Sequence[Box]) -> Box:
-    """Of at most 2,000 boxes, evenly taken, the one with IoU > 0.5 with most of them, then with the largest mean IoU."""
+    """Of at most 2,000 boxes, evenly taken, the one that overlaps most of them; ties go to the mean IoU."""
     step = -(-len(boxes) // _BOXES)
     boxes_N4 = np.asarray(boxes[::step], dtype=float)
     overlap_NN = pairwise_iou(boxes_N4, boxes_N4)

@@ -49,7 +49,9 @@ def _tokenize_ptb(lines: Sequence[str]) -> list[str]:
     text = "".join(line + "\n" for line in lines)
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, timeout=_JAVA_TIMEOUT_S)
     if done.returncode:
-        raise RuntimeError(f"Java's PTB tokenizer failed ({done.returncode}): {done.stderr.decode(errors='replace')[-500:]}")
+        raise RuntimeError(
+            f"Java's PTB tokenizer failed ({done.returncode}): {done.stderr.decode(errors='replace')[-500:]}"
+        )
     removed = set(ptbtokenizer.PUNCTUATIONS)
     output = done.stdout.decode().split("\n")[: len(lines)]
     return [" ".join(token for token in line.split() if token not in removed) for line in output]
@@ -66,7 +68,7 @@ def _tokenize_fallback(line: str) -> str:
 
 
 def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """CIDEr, BLEU and ROUGE-L of tokenized captions; document frequencies come from `references`, as in COCO's evaluation."""
+    """CIDEr, BLEU and ROUGE-L of tokenized captions; CIDEr's document frequencies are those of `references`."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge

@@ -21,7 +21,12 @@ from lyrics.model.inputs import SeenImage
 from lyrics.refiner.features import SAMPLES_FILE, RefinedSplit
 from lyrics.stage import Tracker
 
-RAW, REFINED, FOUNDATION, STAGE2 = Path("data/raw"), Path("data/refined"), Path("models/foundation"), Path("models/stage2")
+RAW, REFINED, FOUNDATION, STAGE2 = (
+    Path("data/raw"),
+    Path("data/refined"),
+    Path("models/foundation"),
+    Path("models/stage2"),
+)
 TRAINING_SPLIT = "instruct"
 _DIGITS = 6
 _SCHEMA = pa.schema(
@@ -124,7 +129,7 @@ class _Asker:
     def ask(
         self, name: str, split: RefinedSplit, samples: Sequence[Sample], others: Mapping[str, str], own_text: bool
     ) -> list[str]:
-        """Answers to `samples`, each about the image that `others` names for its own; `own_text` keeps its spatial text."""
+        """Answers to `samples` about the images in `others`; `own_text` keeps the spatial text."""
         path = self._folder / f"{name}.json"
         if path.exists():
             return io.read_json(path)
@@ -178,9 +183,12 @@ def _evaluate_split(
         answers: dict[str, list[str] | None] = {
             "model": asker.ask(f"{name}-{task}-model", split, samples, {}, False),
             "most_frequent": None if None in fixed else [answer for answer in fixed if answer is not None],
-            "other_image": others and asker.ask(f"{name}-{task}-other_image", split, samples, others, False),
-            "other_features": others and asker.ask(f"{name}-{task}-other_features", split, samples, others, True),
+            "other_image": None,
+            "other_features": None,
         }
+        if others is not None:
+            for system, own_text in (("other_image", False), ("other_features", True)):
+                answers[system] = asker.ask(f"{name}-{task}-{system}", split, samples, others, own_text)
         if constant and answers["most_frequent"] is None:
             absent[f"{name}/{headline}/most_frequent"] = f"the training split ({TRAINING_SPLIT}) has no {task} samples"
         scored = tasks.score(task, samples, answers, split.images, config.refine.coordinate_format, meteor)
@@ -203,7 +211,9 @@ def _rows(
     rows = []
     for i, sample in enumerate(samples):
         image = split.images[sample.image_id]
-        row: dict[str, Any] = {key: getattr(sample, key) for key in ("sample_id", "image_id", "task", "kind", "box_xyxy")}
+        row: dict[str, Any] = {
+            key: getattr(sample, key) for key in ("sample_id", "image_id", "task", "kind", "box_xyxy")
+        }
         row["question"] = instruction(sample)
         row["references"] = tasks.reference_texts(sample, image, config.refine.coordinate_format)
         for system in tasks.SYSTEMS:

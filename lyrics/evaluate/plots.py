@@ -26,35 +26,48 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 
-def read_chance(folder: Path) -> dict[str, float]:
-    """What a model that learned nothing scores, by metric without its stage (`itc_loss`)."""
+def read_constants(folder: Path, name: str) -> dict[str, float]:
+    """A table of config.json by short metric name.
+
+    Args:
+        name: `chance`, what a model that learned nothing scores, or `floor`, what a perfect one does.
+    """
     path = folder / "config.json"
-    chance = io.read_json(path).get("chance", {}) if path.exists() else {}
-    return {key.rpartition("/")[2]: value for key, value in chance.items() if isinstance(value, int | float)}
+    values = io.read_json(path).get(name, {}) if path.exists() else {}
+    return {short_name(key): value for key, value in values.items() if isinstance(value, int | float)}
 
 
 def write(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Write scores.csv, and stage1.csv and stage2.csv where the stage left a history."""
-    rows = [
-        {"split": split, "metric": metric, "system": system, "bar": f"{split} {metric} {system}", "score": entry[system]}
-        for split, metrics in evaluation["splits"].items()
-        for metric, entry in metrics.items()
-        if metric in HEADLINE.values()
-        for system in SYSTEMS
-        if entry[system] is not None
-    ]
+    rows: list[dict[str, Any]] = []
+    for split, metrics in evaluation["splits"].items():
+        for metric in HEADLINE.values():
+            for system in SYSTEMS if metric in metrics else ():
+                row = {"split": split, "metric": metric, "system": system, "score": metrics[metric][system]}
+                rows.append({**row, "bar": f"{split} {metric} {system}"})
+    rows = [row for row in rows if row["score"] is not None]
     _write_csv(folder / "scores.csv", rows, ["split", "metric", "system", "bar", "score"])
     for stage, source in STAGES.items():
-        history = read_history(source)
-        chance = read_chance(source)
-        names = sorted({key for row in history for key in row if key.endswith("_loss") or key.endswith("/loss")})
-        table = []
-        for step in history:
-            short = {key.rpartition("/")[2]: step[key] for key in names if key in step}
-            table.append({"step": step["step"], **short, **{f"{key}_chance": chance[key] for key in short if key in chance}})
+        table = loss_table(source)
         if table:
             columns = sorted({key for row in table for key in row} - {"step"})
             _write_csv(folder / f"{stage}.csv", table, ["step", *columns])
+
+
+def loss_table(folder: Path) -> list[dict[str, float]]:
+    """Losses by step, with their chance beside them in columns `NAME_chance`."""
+    chance = read_constants(folder, "chance")
+    table = []
+    for row in read_history(folder):
+        losses = {short_name(key): value for key, value in row.items() if key.endswith("loss")}
+        lines = {f"{name}_chance": chance[name] for name in losses if name in chance}
+        table.append({"step": row["step"], **losses, **lines})
+    return table
+
+
+def short_name(key: str) -> str:
+    """`stage1/itc_loss` → `itc_loss`."""
+    return key.rpartition("/")[2]
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -33,29 +33,33 @@ class Scored:
 
 
 def choose(samples: Sequence[Sample], task: str, limit: int | None, *keys: object) -> list[Sample]:
-    """At most `limit` samples of a task, the kinds in proportion, drawn by `keys`; in the order of `samples`."""
-    by_kind: dict[str, list[Sample]] = collections.defaultdict(list)
+    """At most `limit` samples of a task, drawn by `keys`, in the order of `samples`.
+
+    Kinds (for pope also yes and no) keep their proportions.
+    """
+    strata: dict[tuple[str, ...], list[Sample]] = collections.defaultdict(list)
     for sample in samples:
         if sample.task == task:
-            by_kind[sample.kind].append(sample)
-    total = sum(map(len, by_kind.values()))
+            label = sample.references[:1] if task == "pope" else ()
+            strata[sample.kind, *label].append(sample)
+    total = sum(map(len, strata.values()))
     if limit is None or total <= limit:
         return [sample for sample in samples if sample.task == task]
     chosen: set[str] = set()
-    for kind, count in _shares({kind: len(of_kind) for kind, of_kind in by_kind.items()}, limit).items():
-        names = sorted(sample.sample_id for sample in by_kind[kind])
-        order = seeding.rng("evaluate", *keys, task, kind).permutation(len(names))
+    for stratum, count in _shares({stratum: len(members) for stratum, members in strata.items()}, limit).items():
+        names = sorted(sample.sample_id for sample in strata[stratum])
+        order = seeding.rng("evaluate", *keys, task, *stratum).permutation(len(names))
         chosen.update(names[place] for place in order[:count])
     return [sample for sample in samples if sample.task == task and sample.sample_id in chosen]
 
 
-def _shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """`limit` divided in proportion to `sizes` by largest remainders, so that the mean stays that of the whole split."""
+def _shares(sizes: Mapping[tuple[str, ...], int], limit: int) -> dict[tuple[str, ...], int]:
+    """`limit` divided in proportion to `sizes` by largest remainders: the mean stays that of the whole split."""
     total = sum(sizes.values())
-    shares = {kind: limit * size // total for kind, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda kind: (-(limit * sizes[kind] % total), kind))
-    for kind in by_remainder[: limit - sum(shares.values())]:
-        shares[kind] += 1
+    shares = {stratum: limit * size // total for stratum, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda stratum: (-(limit * sizes[stratum] % total), stratum))
+    for stratum in by_remainder[: limit - sum(shares.values())]:
+        shares[stratum] += 1
     return shares
 
 
@@ -90,13 +94,12 @@ def _target_box(sample: Sample) -> Box:
     return sample.box_xyxy
 
 
-def answered_box(text: str, sample: Sample, images: Mapping[str, RefinedImage], coordinate_format: CoordinateFormat) -> Box | None:
-    """The answered box in pixels of the sample's image."""
+def answered_box(text: str, image: RefinedImage, coordinate_format: CoordinateFormat) -> Box | None:
+    """The answered box in pixels of `image`; None where the answer holds none."""
     box = parse_box(text, coordinate_format)
     if box is None:
         return None
-    width, height = images[sample.image_id].width, images[sample.image_id].height
-    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    return box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height
 
 
 def _score_refer(
@@ -106,12 +109,13 @@ def _score_refer(
     coordinate_format: CoordinateFormat,
 ) -> Scored:
     def box(place: int, text: str) -> Box | None:
-        return answered_box(text, samples[place], images, coordinate_format)
+        return answered_box(text, images[samples[place].image_id], coordinate_format)
 
     each = _each(answers, lambda i, text: refer_hit(box(i, text), _target_box(samples[i])))
     unparsed = _each(answers, lambda i, text: float(box(i, text) is None))
     metrics = _means("refer_accuracy", samples, each)
-    return Scored(each, metrics | {"refer_unparsable": _means("refer_unparsable", samples, unparsed)["refer_unparsable"]})
+    metrics["refer_unparsable"] = _means("refer_unparsable", samples, unparsed)["refer_unparsable"]
+    return Scored(each, metrics)
 
 
 def _each(answers: Answers, one: Callable[[int, str], float]) -> dict[str, list[float] | None]:

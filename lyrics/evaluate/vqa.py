@@ -8,10 +8,8 @@ does it.
 import re
 from collections.abc import Sequence
 
-_NUMBERS = {"none": "0", "zero": "0"} | {
-    word: str(value)
-    for value, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)
-}
+_NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = frozenset({"a", "an", "the"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -26,14 +24,14 @@ someone'd've someone'll someone's something'd something'd've something'll that's
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _contractions() -> dict[str, str]:
-    """Every spelling that lacks one apostrophe → the contraction. The challenge's table, with its one reversed entry."""
+    """Spellings that lack one apostrophe → the contraction: the challenge's table, with its one reversed entry."""
     table = {
         word[:place] + word[place + 1 :]: word
-        for word in _CONTRACTED
+        for word in _CONTRACTED.split()
         for place, letter in enumerate(word)
         if letter == "'"
     }
@@ -44,7 +42,7 @@ CONTRACTIONS = _contractions()
 
 
 def normalise(answer: str) -> str:
-    """Punctuation, number words, articles, contractions, case: the challenge's `processPunctuation` and `processDigitArticle`."""
+    """Settle punctuation, number words, articles, contractions and case as the official script does."""
     text = answer
     has_comma_in_number = _COMMA_IN_NUMBER.search(answer) is not None
     for mark in _PUNCTUATION:

@@ -1,0 +1,47 @@
+"""Pictures for the report: small data URIs, and masks as outlines."""
+
+import base64
+import io
+from pathlib import Path
+
+import contourpy
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from lyrics.data.webdataset import image_bytes, open_image
+
+_MAX_SIDE_PX = 384
+_KEEP_BYTES = 40_000
+_QUALITY = 82
+_MIN_OUTLINE_POINTS = 4
+
+
+def data_uri(path: str | Path, max_side_px: int = _MAX_SIDE_PX) -> str:
+    """The picture as a JPEG data URI; small JPEG files as they are, others scaled down.
+
+    Raises:
+        InputError, BadImageError: the picture is missing or broken.
+    """
+    content = image_bytes(path)
+    image = open_image(path)
+    if len(content) > _KEEP_BYTES or max(image.size) > max_side_px or not content.startswith(b"\xff\xd8"):
+        image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=_QUALITY)
+        content = buffer.getvalue()
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
+
+
+def outline(counts: str, width: int, height: int) -> str:
+    """The SVG path around a mask given as compressed COCO counts; coordinates in pixels of the image."""
+    mask = coco_mask.decode({"size": [height, width], "counts": counts.encode()})
+    padded = np.pad(mask.astype(np.float32), 1)  # so that outlines close at the edge
+    lines = contourpy.contour_generator(z=padded).lines(0.5)
+    step = max(1, max(width, height) // 160)  # points closer than the eye sees are left out
+    parts = []
+    for line in lines:
+        points = np.asarray(line)[:-1:step] - 0.5
+        if len(points) >= _MIN_OUTLINE_POINTS:
+            parts.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + "Z")
+    return "".join(parts)
