@@ -7,7 +7,7 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from lyrics.data.files import is_safe_name, load_json, records
+from lyrics.data.files import MAX_PIXELS, is_safe_name, load_json, records
 from lyrics.data.records import Rejected
 from lyrics.errors import InputError
 
@@ -24,6 +24,12 @@ class CocoObject:
     rle: dict[str, Any] | None
     crowd: bool
     source: dict[str, Any]
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the box reached over an edge by more than a rounding."""
+        x, y, w, h = self.source["bbox"]
+        return max(abs(a - b) for a, b in zip(self.box_xyxy, (x, y, x + w, y + h), strict=True)) > 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,8 @@ def _read_images(path: Path, document: Any) -> tuple[dict[ImageId, dict[str, Any
             reason = f"unsafe file name: {name!r:.80} would leave the folder of images"
         elif not all(isinstance(record.get(side), int) and record[side] > 0 for side in ("width", "height")):
             reason = f"image without size: width {record.get('width')!r}, height {record.get('height')!r}"
+        elif record["width"] * record["height"] > MAX_PIXELS:
+            reason = f"image too large: {record['width']} x {record['height']}, at most {MAX_PIXELS} pixels are read"
         elif image_id in images:
             reason = f"repeated image id: {image_id!r}"
         else:
@@ -160,6 +168,9 @@ def to_rle(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
         if isinstance(segmentation, list):
             if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
                 raise _BadRecordError("bad mask: a polygon needs at least three points")
+            limit = 2 * max(width, height)  # pycocotools walks every pixel of an edge, however far outside
+            if not all(isinstance(v, int | float) and abs(v) <= limit for polygon in segmentation for v in polygon):
+                raise _BadRecordError(f"bad mask: a polygon leaves its {width} x {height} image by far")
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation, dict) and list(segmentation.get("size", ())) == [height, width]:
             counts = segmentation["counts"]

@@ -47,6 +47,8 @@ def load_json(path: Path, text: str | None = None) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path} is not valid JSON: {error.msg} at {place}; correct or replace the file") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets thousands deep
+        raise InputError(f"{path} is not usable JSON: {error}; correct or replace the file") from None
 
 
 def load_json_lines(path: Path) -> list[Any]:

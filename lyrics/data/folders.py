@@ -47,8 +47,22 @@ def ingest(config: "Config", destination: Path) -> tuple[dict[str, dict[str, int
     Raises:
         InputError: before anything is written, if a folder or file is missing or unreadable, or a split is empty.
     """
+    root = Path(config.data.folder or "")
+    try:
+        sources, rejected = _read_all(config, root)
+    except PermissionError as error:
+        raise InputError(f"{error.filename} may not be read; give yourself permission to read it") from None
+    counts = {}
+    for split, source in sources.items():
+        if split == "web":
+            counts[split] = _write_web(config.seed, source, destination / "web")
+        else:
+            counts[split] = _write_annotated(config.seed, split, source, destination / split)
+    return counts, rejected
+
+
+def _read_all(config: "Config", root: Path) -> tuple[dict[str, _Source], list[Rejected]]:
     data = config.data
-    root = Path(data.folder or "")
     unknown = sorted(set(data.splits) - set(SPLITS))
     if unknown or not data.splits:
         raise InputError(f"data.splits names {unknown or 'no splits'}; expected some of {', '.join(sorted(SPLITS))}")
@@ -60,14 +74,9 @@ def ingest(config: "Config", destination: Path) -> tuple[dict[str, dict[str, int
     for split in SPLITS:
         if split in data.splits:
             sources[split] = _read(split, root / data.splits[split], data.max_images, seen, rejected)
-    counts = {}
-    for split, source in sources.items():
-        if split == "web":
-            counts[split] = _write_web(config.seed, source, destination / "web")
-        else:
-            counts[split] = _write_annotated(config.seed, split, source, destination / split)
+    relative = [dataclasses.replace(r, source=Path(r.source).relative_to(root).as_posix()) for r in rejected]
     # One sub-folder may serve two splits; what is wrong in it is reported once.
-    return counts, list(dict.fromkeys(rejected))
+    return sources, list(dict.fromkeys(relative))
 
 
 def _read(split: str, folder: Path, max_images: int | None, seen: dict[str, str], rejected: list[Rejected]) -> _Source:
@@ -160,7 +169,8 @@ def _write_annotated(seed: int, split: str, source: _Source, folder: Path) -> di
     captions = [(image_id, text) for image_id in ids for text in source.captions.get(image_id, ())]
     annotations = [_annotation(item) for image_id in ids for item in source.objects.get(image_id, ())]
     write_coco(folder, source.images, captions, annotations, source.categories)
-    counts = {"images": len(ids), "captions": len(captions), "objects": len(annotations)}
+    clipped = sum(item.clipped for image_id in ids for item in source.objects.get(image_id, ()))
+    counts = {"images": len(ids), "captions": len(captions), "objects": len(annotations), "clipped_boxes": clipped}
     if split == "foundation":
         return counts
     names = sorted({str(category["name"]).strip() for category in source.categories})

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lyrics import seeding
-from lyrics.data import pope, vqa
+from lyrics.data import folders, pope, vqa
 from lyrics.data.formats import write_coco, write_document, write_json_lines
 from lyrics.data.records import Rejected
 from lyrics.data.webdataset import WebPair, write_tar
@@ -38,8 +38,6 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         counts = _ingest_world(config, building)
         rejected: list[Rejected] = []
     else:
-        from lyrics.data import folders
-
         counts, rejected = folders.ingest(config, building)
     write_rejected(building / "rejected.parquet", rejected)
     reasons = collections.Counter(record.reason.partition(":")[0] for record in rejected)

@@ -60,11 +60,11 @@ def read_evaluation(questions_path: Path, answers_path: Path) -> tuple[list[Samp
     Raises:
         InputError: if a file is missing or not JSON lines.
     """
-    answers = {line.get("question_id"): line.get("text") for line in load_json_lines(answers_path)}
+    answers = {str(line.get("question_id")): line.get("text") for line in _objects(answers_path)}
     samples, rejected = [], []
-    for line in load_json_lines(questions_path):
+    for line in _objects(questions_path):
         number, text, image = line.get("question_id"), line.get("text"), line.get("image")
-        answer = answers.get(number) or ""
+        answer = answers.get(str(number)) or ""
         if not all(isinstance(value, str) and value for value in (text, image, answer)):
             reason = "question without text, image or answer"
             rejected.append(Rejected(source=str(questions_path), record=str(number), reason=reason))
@@ -79,3 +79,7 @@ def read_evaluation(questions_path: Path, answers_path: Path) -> tuple[list[Samp
             )
         )
     return samples, rejected
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    return [line if isinstance(line, dict) else {} for line in load_json_lines(path)]

@@ -54,14 +54,14 @@ def read(questions_path: Path, annotations_path: Path) -> tuple[list[Sample], li
         InputError: if a file is missing or not in the format.
     """
     answered: dict[Any, dict[str, Any]] = {
-        record.get("question_id"): record
+        str(record.get("question_id")): record
         for record in records(annotations_path, load_json(annotations_path), "annotations")
     }
     samples, rejected = [], []
     for record in records(questions_path, load_json(questions_path), "questions"):
         question_id, text, image_id = record.get("question_id"), record.get("question"), record.get("image_id")
-        annotation = answered.get(question_id)
-        answers = tuple(a["answer"] for a in (annotation or {}).get("answers", ()) if isinstance(a.get("answer"), str))
+        annotation = answered.get(str(question_id))
+        answers = _answers(annotation or {})
         if not isinstance(text, str) or not text.strip() or image_id is None:
             reason = "question without text or image id"
         elif annotation is None:
@@ -84,3 +84,9 @@ def read(questions_path: Path, annotations_path: Path) -> tuple[list[Sample], li
             continue
         rejected.append(Rejected(source=str(questions_path), record=str(question_id), reason=reason))
     return samples, rejected
+
+
+def _answers(annotation: dict[str, Any]) -> tuple[str, ...]:
+    given = annotation.get("answers")
+    texts = [item.get("answer") for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    return tuple(text for text in texts if isinstance(text, str))

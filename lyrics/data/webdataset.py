@@ -76,7 +76,7 @@ def _pair(key: str, parts: dict[str, bytes]) -> WebPair:
 def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
     """Write a tar and its parquet table. Equal pairs give equal bytes: no times, owners or modes of this machine."""
     rows = []
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as opened:
+    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as opened:
         for pair in pairs:
             meta = {**pair.meta, "key": pair.key}
             if pair.caption is not None:

@@ -29,6 +29,10 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
         return _prompt(spatial, "Describe the image.", language.captions(scene, generator, 1)[0])
     if form < 0.4:
         return _referring(scene, spatial, generator)
+    if form < 0.46:
+        turns = language.dialogue(scene, generator)
+        asked, answer = turns[int(generator.integers(len(turns)))]
+        return _prompt(f"{spatial} {_everything(scene, generator, with_size=True)}", asked, answer)
     question = questions(scene, generator, 1)[0]
     if question.kind in ("colour", "kind") or set(COLORS) & set(question.text.split()) or generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
@@ -37,11 +41,14 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
 
 def _referring(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
     """A colour does not tell two objects of one kind apart in text, so such expressions are left to pictures."""
-    options = [e for e in language.expressions(scene) if e.form != "color" or len(scene.find(kind=e.target.kind)) == 1]
-    options = [e for e in options if e.form != "object" or len(scene.find(kind=e.target.kind)) == 1]
+    options = [
+        expression
+        for expression in language.sample_expressions(scene, generator, 100)
+        if expression.form not in ("color", "object") or len(scene.find(kind=expression.target.kind)) == 1
+    ]
     if not options:
         return _prompt(spatial, "Describe the image.", language.captions(scene, generator, 1)[0])
-    chosen = options[int(generator.integers(len(options)))]
+    chosen = options[0]
     if chosen.form in ("color", "object") or generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator)}"
     return _prompt(spatial, f"Where is {chosen.text}?", grid_box(chosen.target, scene.image_size_px))

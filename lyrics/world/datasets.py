@@ -65,8 +65,6 @@ def pictures(seed: int, split: str, world: World) -> Iterator[Picture]:
         scene = scene_of(seed, split, index, world)
         generator = seeding.rng(seed, "text", split, index)
         image_id = (SPLITS.index(split) + 1) * 1_000_000 + index
-        expressions = language.expressions(scene)
-        chosen = generator.permutation(len(expressions))[:_EXPRESSIONS_PER_IMAGE]
         yield Picture(
             image_id=image_id,
             file_name=f"{image_id:012d}.jpg",
@@ -75,7 +73,7 @@ def pictures(seed: int, split: str, world: World) -> Iterator[Picture]:
             captions=tuple(language.captions(scene, generator, int(generator.integers(3, 6)))),
             annotations=tuple(_annotations(scene)),
             questions=tuple(questions(scene, generator, world.questions_per_image)),
-            expressions=tuple(expressions[i] for i in chosen),
+            expressions=tuple(language.sample_expressions(scene, generator, _EXPRESSIONS_PER_IMAGE)),
             dialogue=tuple(language.dialogue(scene, generator)),
         )
 

@@ -112,6 +112,16 @@ def expressions(scene: Scene) -> list[Expression]:
     return found
 
 
+def sample_expressions(scene: Scene, generator: np.random.Generator, count: int) -> list[Expression]:
+    """Up to `count` expressions, of different forms as far as there are any (most possible ones are relations)."""
+    possible = expressions(scene)
+    shuffled = [possible[index] for index in generator.permutation(len(possible))]
+    forms = list(dict.fromkeys(expression.form for expression in shuffled))
+    forms = [forms[index] for index in generator.permutation(len(forms))]
+    first = [next(e for e in shuffled if e.form == form) for form in forms]
+    return (first + [e for e in shuffled if e not in first])[:count]
+
+
 def _relative_phrases(scene: Scene, item: SceneObject) -> list[str]:
     """`left of the anchor`, where one object of the kind is surely there and every other of it is surely not."""
     phrases = []

@@ -90,7 +90,8 @@ def _exists(scene: Scene, generator: np.random.Generator) -> tuple[str, str]:
     if generator.random() < 0.5:
         absent = [kind for kind in vocabulary.KINDS if kind not in scene.kinds]
         kind = item.kind if present else _one(absent, generator)
-        return f"Is there {with_article(kind)}?", "yes" if present else "no"
+        where = _one(("", " in the image"), generator)
+        return f"Is there {with_article(kind)}{where}?", "yes" if present else "no"
     color, kind = item.color, item.kind
     if not present:
         pairs = [(c, item.kind) for c in vocabulary.colors_of(item.kind, scene.ood)]
