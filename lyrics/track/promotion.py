@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lyrics import config as configuration
 from lyrics import io
 from lyrics.errors import InputError
-from lyrics.track import gates, lineage, server, versions
+from lyrics.track import gates, server, versions
 from lyrics.track.versions import CANDIDATE, CHAMPION, NAME, RAW
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ def _evaluation(client: "MlflowClient", version: "ModelVersion") -> Mapping[str,
     return io.read_json(_report(client, version, "evaluation.json"))
 
 
+def _test_set(client: "MlflowClient", version: "ModelVersion", split: str) -> str | None:
+    """The content hash of the split that a version was scored on."""
+    return _evaluation(client, version).get("data", {}).get(split, {}).get("sha256")
+
+
 def _report(client: "MlflowClient", version: "ModelVersion", name: str) -> Path:
     """One file of the reports that were logged with a version."""
     from mlflow.exceptions import MlflowException
@@ -180,13 +185,12 @@ def _paired_scores(
     evaluate_again: EvaluateAgain | None,
 ) -> tuple[list[gates.SampleScore], list[gates.SampleScore]]:
     """Per-sample scores of both on one test set: as logged where its hash is the same, else measured again here."""
-    tag = f"data/{split}"
-    wanted = candidate.tags.get(tag)
-    if wanted and wanted == champion.tags.get(tag):
+    wanted = _test_set(client, candidate, split)
+    if wanted is not None and wanted == _test_set(client, champion, split):
         logged = [gates.read_scores(_report(client, v, f"samples/{split}.parquet")) for v in (candidate, champion)]
         if {s.sample_id for s in logged[0]} == {s.sample_id for s in logged[1]}:
             return logged[0], logged[1]
-    here = lineage.data_hashes(RAW).get(split)
+    here = io.sha256_tree(RAW / split) if (RAW / split).is_dir() else None
     if evaluate_again is None:
         raise InputError(
             f"{NAME} version {champion.version} (the champion) was scored on another {split} set than version "

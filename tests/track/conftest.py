@@ -120,6 +120,7 @@ def _write_reports(folder: Path, quality: float, samples: int = SAMPLES) -> Path
         "tokenizer": "regex",
         "splits": {"test": {"vqa_accuracy": scores, "vqa_accuracy/colour": scores}},
         "absent": {"meteor": "Java is absent"},
+        "data": {"test": {"path": "data/raw/test", "sha256": io.sha256_tree(Path("data/raw/test"))}},
     }
     io.write_json(folder / "evaluation.json", evaluation)
     return folder

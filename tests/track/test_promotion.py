@@ -92,19 +92,22 @@ def test_champion_is_evaluated_again_on_another_test_set(two_versions, sources, 
     assert asked == [2], "the candidate was scored on the present set already"
 
 
-def test_old_candidate_is_evaluated_again_too(two_versions, tmp_path, write_reports):
-    """Both versions were scored on a test set that is no longer here."""
-    client = server.connect()
-    client.set_model_version_tag("lyrics", "1", "data/test", "of long ago")
+def test_an_old_candidate_is_evaluated_again_too(two_versions, sources, make_model, tmp_path, write_reports):
+    """Version 3 was scored on another set than the champion, and neither set is the one that is here now."""
     registry.promote(2, settings=SETTINGS)
+    io.write_text(Path("data/raw/test/captions.json"), "harder questions")
+    make_model(0.8)
+    registry.register({}, sources)
+    io.write_text(Path("data/raw/test/captions.json"), "the hardest questions")
+    quality = {3: 0.9, 2: 0.6}
     asked = []
 
     def evaluate_again(version: int) -> Path:
         asked.append(version)
-        return write_reports(tmp_path / str(version), {1: 0.9, 2: 0.9}[version])
+        return write_reports(tmp_path / str(version), quality[version])
 
-    registry.promote(1, settings=SETTINGS, evaluate_again=evaluate_again)
-    assert sorted(asked) == [1, 2] and champion() == 1
+    registry.promote(3, settings=SETTINGS, evaluate_again=evaluate_again)
+    assert sorted(asked) == [2, 3] and champion() == 3
 
 
 def test_unknown_version_and_empty_registry(project):
@@ -127,7 +130,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 176 <= hits <= 198
 
 
-def test_equal_scores_pass_and_unpaired_ones_are_refused(tmp_path, write_reports):
+def test_equal_scores_pass_and_unpaired_ones_are_refused(project, tmp_path, write_reports):
     scores = gates.read_scores(write_reports(tmp_path, 0.5) / "samples" / "test.parquet")
     (gate,) = gates.no_worse(scores, scores, bootstrap_samples=100, confidence=0.95)
     assert gate.passed and gate.detail.startswith("+0.0000")
