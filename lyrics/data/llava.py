@@ -63,7 +63,7 @@ def read_evaluation(questions_path: Path, answers_path: Path) -> tuple[list[Samp
     answers = {str(line.get("question_id")): line.get("text") for line in _objects(answers_path)}
     samples, rejected = [], []
     for line in _objects(questions_path):
-        number, text, image = line.get("question_id"), line.get("text"), line.get("image")
+        number, text, image = line.get("question_id"), line.get("text") or "", line.get("image") or ""
         answer = answers.get(str(number)) or ""
         if not all(isinstance(value, str) and value for value in (text, image, answer)):
             reason = "question without text, image or answer"

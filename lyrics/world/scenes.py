@@ -19,6 +19,7 @@ RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 _REFERENCE_PX = 128
 _DRAWN = 128  # a pixel belongs to an object when at least half of it is covered
 _TRIES = 40
+_PROBE_POINTS = 200.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,20 +94,22 @@ class Scene:
 
 @functools.lru_cache(maxsize=8192)
 def glyph(kind: str, side_px: int) -> np.ndarray:
-    """Coverage 0–255 of one glyph, cropped so that its longer side is about `side_px` pixels."""
-    font_path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    character = vocabulary.KINDS[kind]
-    probe = ImageFont.truetype(font_path, 200).getbbox(character)
-    points = side_px * 200 / max(probe[2] - probe[0], probe[3] - probe[1])
-    font = ImageFont.truetype(font_path, points)
+    """Coverage 0–255 of one glyph, cropped to its ink; its longer side is `side_px`, give or take a thin stroke."""
+    coverage = _ink(vocabulary.KINDS[kind], side_px * _PROBE_POINTS / max(_ink(vocabulary.KINDS[kind]).shape))
+    coverage.setflags(write=False)
+    return coverage
+
+
+@functools.lru_cache(maxsize=256)
+def _ink(character: str, points: float = _PROBE_POINTS) -> np.ndarray:
+    """One character at a font size, cropped to the pixels at least half covered (a font's own box is wider)."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", points)
     x0, y0, x1, y1 = font.getbbox(character)
     canvas = Image.new("L", (int(x1 - x0) + 4, int(y1 - y0) + 4))
     ImageDraw.Draw(canvas).text((2 - x0, 2 - y0), character, fill=255, font=font)
     coverage = np.asarray(canvas)
     ys, xs = np.nonzero(coverage >= _DRAWN)
-    coverage = coverage[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].copy()
-    coverage.setflags(write=False)
-    return coverage
+    return coverage[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].copy()
 
 
 def sample_scene(
