@@ -57,6 +57,15 @@ def upstream(stage: Stage, stages: dict[str, Stage]) -> list[str]:
     ]
 
 
+def with_upstream(name: str, stages: dict[str, Stage]) -> list[str]:
+    """`name` and all that it needs, upstream first."""
+    needed = {name}
+    for one in reversed(stages):
+        if one in needed:
+            needed.update(upstream(stages[one], stages))
+    return [one for one in stages if one in needed]
+
+
 def _overlap(out: str, dep: str) -> bool:
     a, b = PurePosixPath(out), PurePosixPath(dep)
     return a == b or a in b.parents or b in a.parents

@@ -1,11 +1,17 @@
-"""A process that dies with its parent: killing the flow or DVC must leave nobody that goes on writing."""
+"""A process that dies with its parent: killing the flow or DVC must leave nobody that goes on writing.
+
+`python -m lyrics.process MODULE ARGUMENT…` runs a module so.
+"""
 
 import ctypes
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import psutil
 
@@ -49,8 +55,43 @@ def _watch(parents: list[psutil.Process]) -> None:
 
 
 def kill_children() -> None:
-    for child in psutil.Process().children(recursive=True):
+    """End all descendants of this process."""
+    kill_all(psutil.Process().children(recursive=True))
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all its descendants."""
+    try:
+        root = psutil.Process(pid)
+        kill_all([root, *root.children(recursive=True)])
+    except psutil.NoSuchProcess:
+        return
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
         try:
-            child.kill()
+            process.kill()
         except psutil.NoSuchProcess:
             continue
+    psutil.wait_procs(processes, timeout=_POLL_SECONDS)
+
+
+def end_with_me(process: psutil.Process) -> None:
+    """Have a process that others started below this one killed when this one dies, however it dies."""
+    # The guard reads a pipe of which this process holds the only other end: the kernel closes that in every case.
+    code = (
+        "import psutil, sys; pid, born = int(sys.argv[1]), float(sys.argv[2]); sys.stdin.read()\n"
+        "if psutil.pid_exists(pid) and psutil.Process(pid).create_time() == born: psutil.Process(pid).kill()"
+    )
+    command = [sys.executable, "-c", code, str(process.pid), repr(process.create_time())]
+    _GUARDS.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
+
+
+_GUARDS: list[subprocess.Popen[bytes]] = []  # a collected Popen would close the pipe
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

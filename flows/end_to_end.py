@@ -1,0 +1,182 @@
+"""From raw image-text pairs to a registered model: every stage of dvc.yaml as a tracked task, then registration.
+
+`python -m flows.end_to_end preset=tiny` runs it here; prefect.yaml deploys it. DVC alone decides what has to run.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flows  # noqa: F401  # settles Prefect's environment: before the import of prefect
+
+# isort: split
+import filelock
+import psutil
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State, TaskRun
+
+from flows import stages, summary
+from flows.stages import Outcome, StageError
+from lyrics import config, dag, io
+from lyrics.errors import InputError, RetryableError
+from lyrics.process import end_with_me
+from lyrics.stage import one_sentence
+
+LOCK = Path("build/flow.lock")
+
+
+class _OneSentence(logging.Filter):
+    """Failures that have a sentence need no traceback in the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, StageError | InputError | RetryableError):
+            record.msg, record.args, record.exc_info = str(error), (), None
+        return True
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_OneSentence())
+
+
+def _may_pass(_task: Any, _run: TaskRun, state: State) -> bool:
+    try:
+        state.result()
+    except StageError as failure:
+        return failure.retryable
+    except RetryableError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+@task(task_run_name="{name}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=_may_pass)
+def run_stage(name: str, stale: bool, timeout_seconds: float) -> Outcome:
+    """Bring one stage up to date; `stale` is what DVC said of it (or of something upstream) when the run began."""
+    log = get_run_logger()
+    if not stale:
+        log.info("%s: unchanged", name)
+        return Outcome(stage=name, how="unchanged", seconds=0.0)
+    outcome = stages.reproduce(name, log.info, timeout_seconds)
+    log.info("%s: %s, %.1f s", name, outcome.how, outcome.seconds)
+    return outcome
+
+
+@task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=_may_pass)
+def register() -> str:
+    """Register the finished model; the same content keeps its version."""
+    from lyrics.track import registry
+
+    return str(registry.register(config.load()))
+
+
+@task(retries=2, retry_delay_seconds=[10, 60])
+def push() -> None:
+    """Send data, models and the run cache to the DVC remote."""
+    code = stages.stream(stages.dvc_command("push", "--run-cache"), get_run_logger().info, timeout_seconds=24 * 3600)
+    if code:
+        raise StageError("push", 1, "dvc push failed; is a remote configured? (dvc remote list)")
+
+
+@flow(name="end-to-end")
+def end_to_end(
+    preset: str | None = None,
+    data: str | None = None,
+    folder: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    push_to_remote: bool = False,
+    until: str | None = None,
+    stage_timeout_hours: float = 24.0,
+) -> list[Outcome]:
+    """Run what has changed, register the result, report.
+
+    Args:
+        preset, data, folder, overrides: choices for params/run.yaml; what is left out stays as it is there.
+        push_to_remote: `dvc push` at the end.
+        until: stop after this stage, without registration.
+        stage_timeout_hours: a stage that takes longer is stopped and fails.
+    """
+    LOCK.parent.mkdir(exist_ok=True)
+    try:
+        with filelock.FileLock(LOCK, blocking=False):
+            _stop_server_with_me()
+            _choose(preset, data, folder, overrides)
+            return _run(until, stage_timeout_hours * 3600, push_to_remote)
+    except filelock.Timeout:
+        raise InputError("another run works in this folder; wait for it to end, or stop it") from None
+
+
+def _run(until: str | None, timeout_seconds: float, push_to_remote: bool) -> list[Outcome]:
+    from lyrics.track import runs
+
+    pipeline = dag.read()
+    if until is not None and until not in pipeline:
+        raise InputError(f"dvc.yaml has no stage {until}; choices: {', '.join(pipeline)}")
+    wanted = dag.with_upstream(until, pipeline) if until else pipeline
+    stale = stages.stale()
+    outcomes = []
+    with runs.parent_run("end_to_end") as parent:
+        for name in wanted:
+            outcomes.append(run_stage(name, name in stale, timeout_seconds))
+            if outcomes[-1].how != "ran":
+                parent.reused(name, *map(Path, pipeline[name].outs))
+        version = "not registered: stopped early as asked" if until else register()
+    if push_to_remote:
+        push()
+    if summary.EVALUATION.exists() and not until:
+        rows = summary.score_rows(io.read_json(summary.EVALUATION), slices=True)
+        create_table_artifact(
+            rows,
+            key="scores",
+            description=f"{version}. Report: [{summary.REPORT}]({summary.REPORT.absolute().as_uri()})",
+        )
+    summary.report(outcomes, version)
+    return outcomes
+
+
+def _choose(preset: str | None, data: str | None, folder: str | None, overrides: Mapping[str, Any] | None) -> None:
+    from lyrics.compose import configure
+
+    named = {"preset": preset, "data": data, "folder": folder}
+    settings = [f"{key}={value}" for key, value in named.items() if value]
+    for key, value in (overrides or {}).items():
+        settings.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    if settings:
+        configure(settings)
+
+
+def _stop_server_with_me() -> None:
+    """Prefect ends its temporary server when this process exits, but not when it is killed."""
+    for child in psutil.Process().children():
+        if "uvicorn" in " ".join(child.cmdline()):
+            end_with_me(child)
+
+
+def main(arguments: list[str]) -> None:
+    """`key=value` arguments: parameters of the flow, and dotted keys of params/ as overrides."""
+    parameters: dict[str, Any] = {"overrides": {}}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise InputError(f"{argument!r} is not of the form key=value")
+        if key in ("preset", "data", "folder", "until"):
+            parameters[key] = value
+        elif key == "push":
+            parameters["push_to_remote"] = value == "true"
+        else:
+            parameters["overrides"][key] = value
+    try:
+        end_to_end(**parameters)
+    except StageError as failure:
+        print(f"lyrics: {failure}", file=sys.stderr)
+        raise SystemExit(failure.code) from None
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(sys.argv[1:])
