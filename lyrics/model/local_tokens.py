@@ -66,7 +66,7 @@ class LocalTokens(nn.Module):
     def forward(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
         """Return tokens_BLD and their validity mask_BL (bool)."""
         about_BND = self._about_objects(local)
-        batch, objects, _ = about_BND.shape
+        batch = len(about_BND)
         tokens = [self.nothing.expand(batch, 1, -1)]
         features = {"detector": local.detector_BND, "segmenter": local.segmenter_BND}
         for name in self.norm:

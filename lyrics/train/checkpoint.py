@@ -1,4 +1,4 @@
-"""Atomic checkpoints in a stage's work folder: the last ones are kept, a damaged newest falls back to the one before."""
+"""Atomic checkpoints in a stage's work folder: the last are kept; a damaged newest falls back to the one before."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors and plain values) for `step`; older than the last `KEPT` are removed."""
-    with atomic_path(folder / f"{step:08d}.pt") as temporary, open(temporary, "wb") as opened:
+    with atomic_path(folder / f"{step:08d}.pt") as temporary, temporary.open("wb") as opened:
         torch.save({**state, "step": step}, opened)
     for old in sorted(folder.glob("*.pt"))[:-KEPT]:
         old.unlink()

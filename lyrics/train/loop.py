@@ -94,7 +94,7 @@ def fit(
         first, history = state["step"], json.loads(state["history"])
         log.info("%s resumes at step %d of %d", name, first, steps)
     sums: dict[str, list[float]] = json.loads(state["sums"]) if state is not None else {}
-    started, done = time.monotonic(), 0
+    started = time.monotonic()
     for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=2, unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * cosine_with_warmup(step, warmup_steps=warmup_steps, steps=steps)
@@ -104,22 +104,22 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(list(trainable.values()), grad_clip)
-        if not math.isfinite(float(total) + float(norm)):
+        loss_value, norm_value = total.item(), norm.item()
+        if not math.isfinite(loss_value + norm_value):
             raise FloatingPointError(
-                f"{name} stopped before step {step}: loss {float(total)}, gradient norm {float(norm)} on samples "
-                f"{', '.join(map(str, ids[:8]))} …; the last checkpoint is kept. Lower the learning rate or look at them."
+                f"{name} stopped before step {step}: loss {loss_value}, gradient norm {norm_value} on samples "
+                f"{', '.join(ids[:8])} …; the last checkpoint is kept. Lower the learning rate or look at them."
             )
         optimizer.step()
-        done += 1
         for key, value in losses.items():
-            sums.setdefault(key, []).append(float(value.detach()))
+            sums.setdefault(key, []).append(value.item())
         if (step + 1) % log_every == 0 or step + 1 == steps:
             row = {f"{name}/{key}": sum(v) / len(v) for key, v in sorted(sums.items())}
             history.append({"step": step + 1, **row})
             sums = {}
-            rate = done * samples_per_step / (time.monotonic() - started)
+            rate = (step + 1 - first) * samples_per_step / (time.monotonic() - started)
             tracker.log_metrics(
-                {**row, f"{name}/lr": optimizer.param_groups[0]["lr"], f"{name}/grad_norm": float(norm),
+                {**row, f"{name}/lr": optimizer.param_groups[0]["lr"], f"{name}/grad_norm": norm_value,
                  f"{name}/samples_per_second": rate}, step=step + 1,
             )  # fmt: skip
         if (step + 1) % checkpoint_every == 0 and step + 1 < steps:

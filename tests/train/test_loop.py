@@ -1,0 +1,93 @@
+"""The loop: resuming is exact, damage falls back, non-finite stops, batches cover every sample once an epoch."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lyrics.stage import NullTracker
+from lyrics.train import checkpoint, loop
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the loop may catch it."""
+
+
+def train(work: Path, *, kill_at: int | None = None, poison_at: int | None = None) -> tuple[dict, list]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 1))
+    trainable = dict(net.named_parameters())
+    optimizer = torch.optim.AdamW(loop.parameter_groups(trainable.items(), 0.1, lambda _: 0.01))
+
+    def losses_at(step: int) -> tuple[dict[str, Tensor], list[str]]:
+        if step == kill_at:
+            raise Killed
+        inputs = torch.from_numpy(loop.batches(0, 7, 4, step)).float()[:, None].expand(-1, 3)
+        loss = net(inputs).pow(2).mean()
+        return {"loss": loss * float("nan") if step == poison_at else loss}, ["sample-7"]
+
+    history = loop.fit(
+        name="stage1",
+        seed=0,
+        steps=12,
+        trainable=trainable,
+        optimizer=optimizer,
+        warmup_steps=3,
+        grad_clip=1.0,
+        losses_at=losses_at,
+        work=work,
+        checkpoint_every=4,
+        log_every=5,
+        samples_per_step=4,
+        tracker=NullTracker(),
+    )
+    return {k: v.detach().clone() for k, v in net.state_dict().items()}, history
+
+
+@pytest.mark.parametrize("kill_at", [1, 4, 6, 9, 11])
+def test_a_killed_run_ends_bit_identical(tmp_path: Path, kill_at: int) -> None:
+    expected, history = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", kill_at=kill_at)
+    found, resumed_history = train(tmp_path / "killed")
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert json.dumps(history) == json.dumps(resumed_history)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, _ = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", kill_at=9)
+    newest = sorted((tmp_path / "killed/checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:200])
+    found, _ = train(tmp_path / "killed")
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert newest.name in caplog.text and "damaged" in caplog.text
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, {"weights": torch.zeros(2)})
+    assert [p.name for p in sorted(tmp_path.glob("*"))] == ["00000004.pt", "00000005.pt"]
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_samples(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"before step 6.*sample-7"):
+        train(tmp_path, poison_at=6)
+    assert checkpoint.load_newest(tmp_path / "checkpoints")["step"] == 4
+
+
+def test_batches_cover_each_sample_once_an_epoch() -> None:
+    drawn = [i for step in range(7) for i in loop.batches(3, 28, 4, step)]
+    assert sorted(drawn) == list(range(28))
+    second = [i for step in range(7, 14) for i in loop.batches(3, 28, 4, step)]
+    assert sorted(second) == list(range(28)) and second != drawn
+
+
+def test_cosine_starts_at_a_share_of_the_peak_and_ends_at_zero() -> None:
+    rates = [loop.cosine_with_warmup(step, warmup_steps=4, steps=20) for step in range(20)]
+    assert rates[0] == 0.25 and rates[3] == rates[4] == 1.0 and 0 < rates[-1] < 0.02
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
