@@ -143,11 +143,12 @@ def register() -> None:
 def promote(
     version: Annotated[int | None, typer.Argument(help="A registered version; the candidate if left out.")] = None,
     rollback: Annotated[bool, typer.Option(help="Make the former champion champion again.")] = False,
+    reason: Annotated[str, typer.Option(help="Kept in the audit trail.")] = "",
 ) -> None:
     """Make a version the champion if it passes the gates of params/promote."""
-    from lyrics.track.gates import promote as advance
+    from lyrics.track import registry
 
-    print(advance(version, rollback=rollback))
+    print(registry.rollback(reason) if rollback else registry.promote(version, reason=reason))
 
 
 @app.command(rich_help_panel=USE)

@@ -3,6 +3,7 @@
 import base64
 import io as bytes_io
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def save(folder: Path, *, stage2: Path, foundation: Path, card: str, code: Path 
     """Write the model folder that `mlflow models serve` understands.
 
     Args:
-        folder: a new folder.
+        folder: a new folder; the code is gathered beside it.
         code: the package `lyrics`, copied into the model, so that a later edit does not change what is served.
         lock: pinned requirements; given, so that MLflow does not load the model to guess them.
     """
@@ -66,11 +67,14 @@ def save(folder: Path, *, stage2: Path, foundation: Path, card: str, code: Path 
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
+    # MLflow would copy caches of editors and linters too, and with them the paths of this machine.
+    source = folder.with_name("code") / "lyrics"
+    shutil.copytree(code, source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     mlflow.pyfunc.save_model(
         str(folder),
-        python_model=str(code / "serving.py"),
+        python_model=str(source / "serving.py"),
         artifacts={"stage2": str(stage2.absolute()), "foundation": str(foundation.absolute())},
-        code_paths=[str(code)],
+        code_paths=[str(source)],
         signature=ModelSignature(
             inputs=Schema([ColSpec("string", "image"), ColSpec("string", "prompt")]),
             outputs=Schema([ColSpec("string")]),

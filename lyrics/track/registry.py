@@ -1,7 +1,9 @@
 """Registration of a finished model, by content; promotion and the way back to files are found here too."""
 
+import contextlib
 import dataclasses
-import tempfile
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,8 +89,8 @@ def _create(client: "MlflowClient", content: str, config: Any, sources: Sources)
     origin = lineage.collect(data=sources.raw)
     card = packaging.model_card(evaluation, origin, sources.foundation, sources.raw)
     origin_tags = {versions.CONTENT_TAG: content, **origin.tags()}
-    with runs.stage_run("register", config or {}) as tracker, tempfile.TemporaryDirectory(prefix="lyrics-") as folder:
-        model = Path(folder) / "model"
+    with runs.stage_run("register", config or {}) as tracker, _package_folder() as folder:
+        model = folder / "model"
         packaging.save(
             model,
             stage2=sources.stage2,
@@ -116,3 +118,15 @@ def _create(client: "MlflowClient", content: str, config: Any, sources: Sources)
             description=card[:4900],
             model_id=logged.model_id,
         )
+
+
+@contextlib.contextmanager
+def _package_folder() -> Iterator[Path]:
+    """An empty folder beside the lock that the caller holds; not in /tmp, which may be smaller than a model."""
+    folder = versions.LOCK.parent / "package"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed registration left
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

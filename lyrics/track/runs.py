@@ -139,7 +139,7 @@ def _run(kind: type, stage: str, parent: str | None) -> Iterator[Any]:
     client = server.connect()
     with server.reachable():
         experiment = server.experiment_id(client)
-        close_stale(client, experiment, stage)
+        close_stale(client, experiment)
         tags = {STAGE_TAG: stage, "mlflow.source.name": f"python -m lyrics {stage}", **_process_tags()}
         if parent:
             tags["mlflow.parentRunId"] = parent
@@ -170,13 +170,13 @@ def find_run(client: "MlflowClient", stage: str, output_sha256: str) -> str | No
     return found[0].info.run_id if found else None
 
 
-def close_stale(client: "MlflowClient", experiment: str, stage: str) -> list[str]:
-    """End as KILLED the runs of this stage whose process is gone: nobody else can end what kill -9 left open.
+def close_stale(client: "MlflowClient", experiment: str) -> list[str]:
+    """End as KILLED the runs whose process is gone: nobody else can end what kill -9 left open.
 
     Runs of other machines and other folders are left alone: on a shared server they may well be at work.
     """
     mine = _process_tags()
-    where = f"tags.{STAGE_TAG} = '{stage}' AND tags.host = '{mine['host']}' AND attributes.status = 'RUNNING'"
+    where = f"tags.host = '{mine['host']}' AND attributes.status = 'RUNNING'"
     closed = []
     for run in client.search_runs([experiment], where):
         tags = run.data.tags
@@ -213,15 +213,22 @@ def _system_metrics(tracker: RunTracker) -> Iterator[None]:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(tracker.run_id, SAMPLE_SECONDS, tracking_uri=server.tracking_uri())
-    monitor.start()
-    try:
-        yield
-    finally:
+
+    def finish() -> None:
         monitor.finish()
         monitor.collect_metrics()
         with server.reachable():
             monitor.publish_metrics(monitor.aggregate_metrics())
             monitor.mlflow_logger.flush()
+
+    monitor.start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # a full disk fails here again; the first failure is the one to report
+            finish()
+        raise
+    finish()
 
 
 def _process_tags() -> dict[str, str]:

@@ -75,8 +75,9 @@ def connect() -> "MlflowClient":
         from mlflow.tracking import MlflowClient
 
         # They announce every migration of a new database and every step taken: pages that nobody asked for.
-        for name, level in (("alembic", logging.ERROR), ("urllib3", logging.ERROR), ("mlflow", logging.WARNING)):
-            logging.getLogger(name).setLevel(level)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        for name in ("alembic", "urllib3", "mlflow.system_metrics"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.get_experiment_by_name(EXPERIMENT)
     return client

@@ -56,6 +56,7 @@ def test_version_whose_files_are_gone_is_not_reused(sources, make_model):
 
 def test_the_package_is_self_contained(sources, make_model):
     make_model(0.5)
+    io.write_text(sources.code / ".cache" / "paths", "/home/me")
     registry.register({}, sources)
     local = registry.resolve("models:/lyrics@candidate")
     folder = local.stage2.parents[1]
@@ -64,6 +65,7 @@ def test_the_package_is_self_contained(sources, make_model):
     pins = (folder / "requirements.txt").read_text().split("\n")
     assert pins == ["mlflow==3.17.2", 'numpy==2.4.6; python_version >= "3.11"'], "no hashes, nothing unpinned"
     assert (folder / "code" / "lyrics" / "inference.py").exists()
+    assert not list((folder / "code").rglob(".*")) and not Path("build/package").exists()
     assert (folder / "model_card.md").read_text().startswith("# Lyrics")
     assert not list(folder.rglob("*.pkl")), "models from code are not pickled"
     assert re.search(r"image.*\n?.*prompt", (folder / "MLmodel").read_text())

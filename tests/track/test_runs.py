@@ -1,5 +1,6 @@
 """Runs: parents, stages, what they record, and how they end."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -70,7 +71,7 @@ def test_a_killed_run_is_closed_by_the_next_but_not_one_at_work(project):
         assert run_of(killed).info.status == "RUNNING", "it is still at work"
     process.kill()
     process.wait()
-    with runs.stage_run("clean", {}):
+    with runs.stage_run("refine", {}):
         pass
     assert run_of(killed).info.status == "KILLED"
 
@@ -107,6 +108,13 @@ def test_a_registry_that_goes_down_during_a_stage(project, monkeypatch):
         Path("mlflow.db").unlink()
         tracker.log_metrics({"a": 1.0})
         tracker.flush()
+
+
+def test_the_first_failure_is_the_one_reported(project):
+    """A full disk also stops what the run would still write; the user must hear of the disk."""
+    with pytest.raises(OSError, match="No space left"), runs.stage_run("clean", {}):
+        Path("mlflow.db").unlink()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_file_that_is_no_database(project):
