@@ -148,7 +148,7 @@ def clip_box(bbox: Any, width: int, height: int) -> tuple[float, float, float, f
     if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
         raise _BadRecordError(f"bad box: expected four finite numbers, found {bbox!r:.60}")
     x, y, w, h = (float(value) for value in bbox)
-    if w <= 0 or h <= 0:
+    if x + w <= x or y + h <= y:
         raise _BadRecordError(f"bad box: no area in {bbox!r:.60}")
     x0, y0, x1, y1 = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
     if x0 >= x1 or y0 >= y1:
