@@ -155,7 +155,7 @@ def _check_sqlite(path: Path) -> None:
 def _unreachable(uri: str, why: str) -> RetryableError:
     return RetryableError(
         f"The MLflow server at {_without_user(uri)} did not answer ({_short(why)}). Start it, correct "
-        "MLFLOW_TRACKING_URI, or unset that variable to use mlflow.db in this folder; then run the same command again"
+        "MLFLOW_TRACKING_URI, or unset that variable to use mlflow.db in this folder"
     )
 
 
