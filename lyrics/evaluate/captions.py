@@ -1,6 +1,7 @@
 """Caption metrics by pycocoevalcap. Tokens decide the scores, so the tokenizer travels with them by name."""
 
 import dataclasses
+import functools
 import re
 import shutil
 import subprocess
@@ -23,8 +24,14 @@ class CaptionScores:
     cider: list[float]
 
 
+@functools.cache
+def has_java() -> bool:
+    """Whether a Java that starts is here; some systems have a `java` that only says where to get one."""
+    return bool(shutil.which("java")) and not subprocess.run(["java", "-version"], capture_output=True).returncode
+
+
 def tokenizer_name() -> str:
-    return PTB if shutil.which("java") else FALLBACK
+    return PTB if has_java() else FALLBACK
 
 
 def tokenize(sentences: Sequence[str]) -> list[str]:
@@ -33,7 +40,7 @@ def tokenize(sentences: Sequence[str]) -> list[str]:
     One Java process for all `sentences`, fed through pipes: the library's own wrapper writes beside its code.
     """
     lines = [" ".join(sentence.split()) for sentence in sentences]
-    tokenized = _tokenize_ptb(lines) if shutil.which("java") else [_tokenize_fallback(line) for line in lines]
+    tokenized = _tokenize_ptb(lines) if has_java() else [_tokenize_fallback(line) for line in lines]
     assert len(tokenized) == len(lines), f"{len(lines)} captions became {len(tokenized)} tokenized lines"
     return tokenized
 
@@ -49,9 +56,8 @@ def _tokenize_ptb(lines: Sequence[str]) -> list[str]:
     text = "".join(line + "\n" for line in lines)
     done = subprocess.run(command, input=text.encode(), capture_output=True, check=False, timeout=_JAVA_TIMEOUT_S)
     if done.returncode:
-        raise RuntimeError(
-            f"Java's PTB tokenizer failed ({done.returncode}): {done.stderr.decode(errors='replace')[-500:]}"
-        )
+        reason = done.stderr.decode(errors="replace")[-500:]
+        raise RuntimeError(f"Java's PTB tokenizer failed with exit status {done.returncode}: {reason}")
     removed = set(ptbtokenizer.PUNCTUATIONS)
     output = done.stdout.decode().split("\n")[: len(lines)]
     return [" ".join(token for token in line.split() if token not in removed) for line in output]
@@ -102,6 +108,6 @@ def meteor_absent(wanted: bool) -> str | None:
     """Why METEOR cannot or shall not be computed; None when it can."""
     if not wanted:
         return "switched off by evaluate.meteor (it costs about ten seconds)"
-    if not shutil.which("java"):
+    if not has_java():
         return "METEOR needs Java, which is not on this machine"
     return None

@@ -137,7 +137,7 @@ class _Asker:
         # Neighbours of equal length need little padding.
         order = sorted(range(len(samples)), key=lambda i: (len(split.images[samples[i].image_id].spatial_text), i))
         answers = [""] * len(samples)
-        for start in tqdm(range(0, len(order), size), desc=name, unit="batch", leave=False):
+        for start in tqdm(range(0, len(order), size), desc=f"evaluate {name}", unit="batch", leave=False, disable=None):
             places = order[start : start + size]
             batch = [samples[place] for place in places]
             seen = [split.seen(others.get(sample.image_id, sample.image_id)) for sample in batch]
@@ -236,9 +236,10 @@ def _data_hashes(splits: Mapping[str, RefinedSplit]) -> dict[str, dict[str, Any]
         raw = RAW / name
         paths = [raw] if raw.exists() else [split.folder / SAMPLES_FILE]
         hashes[name] = {"path": paths[0].as_posix(), "sha256": io.sha256_tree(*paths)}
-    for name, path in (("stage2", STAGE2), ("foundation", FOUNDATION)):
-        if path.exists():
-            hashes[name] = {"path": path.as_posix(), "sha256": io.sha256_tree(path)}
+    if STAGE2.exists():
+        hashes["stage2"] = {"path": STAGE2.as_posix(), "sha256": io.sha256_tree(STAGE2)}
+    if manifests := sorted(FOUNDATION.glob("*/manifest.json")):  # each holds the hashes of its part's files
+        hashes["foundation"] = {"path": f"{FOUNDATION}/*/manifest.json", "sha256": io.sha256_tree(*manifests)}
     return hashes
 
 

@@ -1,5 +1,6 @@
 """The report's gallery: right and wrong answers on pictures with the boxes and masks that the refiner found."""
 
+import bisect
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,10 +64,17 @@ def cards(
 
 
 def choose(rows: Iterable[Mapping[str, Any]], size: int, *keys: object) -> list[Mapping[str, Any]]:
-    """`size` rows, one from each (task, kind, verdict) in turn until there are enough; no picture twice if possible."""
-    strata: dict[tuple[str, str, str], list[Mapping[str, Any]]] = collections.defaultdict(list)
+    """`size` rows, one from each (task, kind, verdict) in turn until there are enough; no picture twice if possible.
+
+    Captions have no verdict: they are taken from the low, middle and high third of their scores.
+    """
+    rows = list(rows)
+    caption_scores = sorted(row["score"] for row in rows if row["task"] == "caption")
+    thirds = [caption_scores[len(caption_scores) * part // 3] for part in (1, 2)] if caption_scores else []
+    strata: dict[tuple[str, ...], list[Mapping[str, Any]]] = collections.defaultdict(list)
     for row in rows:
-        strata[row["task"], row["kind"], verdict(row)].append(row)
+        third = str(bisect.bisect_right(thirds, row["score"])) if row["task"] == "caption" else ""
+        strata[row["task"], row["kind"], verdict(row), third].append(row)
     queues = []
     for stratum in sorted(strata):
         order = seeding.rng("gallery", *keys, *stratum).permutation(len(strata[stratum]))
