@@ -130,6 +130,19 @@ def ask(
     print(f"({said.source})", file=sys.stderr)
 
 
+@app.command(name="evaluate-full", rich_help_panel=USE)
+def evaluate_full() -> None:
+    """Score on every sample of every split, into build/evaluate-full; no stage, and resumed if interrupted."""
+    from lyrics import config
+    from lyrics.evaluate import evaluate as module
+    from lyrics.stage import NullTracker, locked
+
+    work = Path("build/evaluate-full")
+    with locked("evaluate-full"):
+        module.run_full(config.load(), work, NullTracker())
+    print(work / "out" / "index.html")
+
+
 @app.command(rich_help_panel=USE)
 def register() -> None:
     """Register models/stage2 in MLflow as `candidate`; the same content keeps its version."""

@@ -84,7 +84,7 @@ def run_stage(name: str, body: Callable[[Path], None]) -> None:
     """
     stage = _spec(name)
     die_with_parent()
-    with _locked(name), leaving_token(name):
+    with locked(name), leaving_token(name):
         work = WORK / name / fingerprint(stage)
         _keep_only(work)
         out, finished = work / "out", work / "finished"
@@ -141,7 +141,8 @@ def _spec(name: str) -> dag.Stage:
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of a stage; InputError where another process holds it."""
     lock = WORK / f"{name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
