@@ -102,6 +102,8 @@ class ClipPart:
     hidden_size: int
     layers: int
     heads: int
+    text_hidden_size: int
+    text_layers: int
     projection_size: int
     epochs: int
     batch_size: int

@@ -68,6 +68,14 @@ def sha256_tree(*roots: Path) -> str:
     return digest.hexdigest()
 
 
+def link_or_copy(source: Path, destination: Path) -> None:
+    """The same content under a second name: a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
 def publish(finished: Path, destination: Path) -> None:
     """Rename the folder `finished` into place; what stood there before is moved aside first, then removed."""
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,195 @@
+"""Clean (pipeline stage): drop web pairs that teach nothing or teach wrongly, each with its reason.
+
+00000.tar …     the kept pairs, as img2dataset lays them out
+ledger.parquet  one row a pair, kept or not: key, shard, kept, reason, detail
+report.json     counts, examples and, where the truth is known, precision and recall
+
+Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Duplicates are sought
+among the pairs that passed every earlier filter, mismatches among what is then left.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from lyrics import io
+from lyrics.data import clean_report, files, filters
+from lyrics.data.webdataset import WebPair, read_pairs, write_tar
+from lyrics.errors import InputError
+
+if TYPE_CHECKING:
+    from lyrics.config import Clean, Config
+    from lyrics.stage import Tracker
+
+WEB = Path("data/raw/web")
+TRUTH = Path("data/raw/web_truth.parquet")
+CLIP = Path("models/foundation/clip")
+MIN_COMPARED = 20  # with fewer other captions a rank says too little to drop a pair
+_BATCH = 64
+
+_LEDGER_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+_VERDICT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")])
+
+
+class Encoder(Protocol):
+    """The part of an image–text model that judges a pair; embeddings are L2-normalised rows."""
+
+    def encode_images(self, images: list[Image.Image]) -> np.ndarray: ...
+    def encode_texts(self, texts: list[str]) -> np.ndarray: ...
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What is known about one pair so far; an empty `reason` means that nothing speaks against it."""
+
+    key: str
+    caption: str
+    reason: str = ""
+    detail: str = ""
+    hash: str = ""
+
+    def drop(self, reason: str, detail: str | None) -> None:
+        if detail is not None and not self.reason:
+            self.reason, self.detail = reason, detail
+
+
+def run(config: "Config", work: Path, tracker: "Tracker") -> None:
+    shards = sorted(WEB.glob("*.tar"))
+    if not shards:
+        raise InputError(f"{WEB} holds no .tar with pairs; make them with: python -m lyrics ingest")
+    encoder = _load_encoder(config)
+    started = time.perf_counter()
+    ledger, report = clean(shards, config.clean, encoder, work)
+    seconds = time.perf_counter() - started
+    if TRUTH.exists():  # read only now: every decision is made
+        report["score"] = clean_report.score(ledger, clean_report.read_truth(TRUTH))
+    out = work / "out"
+    out.mkdir(exist_ok=True)
+    for tar in sorted((work / "kept").iterdir()):
+        io.link_or_copy(tar, out / tar.name)
+    _write(out / "ledger.parquet", ledger, _LEDGER_SCHEMA)
+    io.write_json(out / "report.json", report)
+    tracker.log_metrics(clean_report.metrics(report) | {"clean/pairs_per_s": len(ledger) / max(seconds, 1e-9)})
+    tracker.log_artifact(out / "report.json")
+
+
+def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, work: Path) -> tuple[list[dict], dict]:
+    """Judge all pairs and write the kept ones to `work/kept`; a shard that an earlier run finished is not done again.
+
+    Args:
+        encoder: None where there is no image–text model: mismatches are then not checked, and counted so.
+
+    Returns:
+        The ledger's rows and the report.
+    """
+    judged = {
+        tar: _judge_shard(work / "judged" / f"{tar.stem}.parquet", tar, settings)
+        for tar in tqdm(shards, "clean: pictures and captions", disable=None)
+    }
+    mark_duplicates((verdict for tar in shards for verdict in judged[tar]), settings.duplicate_hamming_bits)
+    not_checked = 0
+    for tar in tqdm(shards, "clean: picture against caption", disable=None):
+        left = [verdict for verdict in judged[tar] if not verdict.reason]
+        if encoder is None or settings.max_better_captions is None or len(left) <= MIN_COMPARED:
+            not_checked += len(left)
+            continue
+        shares = _better_shares(work / "matched" / f"{tar.stem}.parquet", tar, judged[tar], encoder)
+        for verdict, share in zip(left, shares, strict=True):
+            verdict.drop("mismatched", filters.mismatched(share, settings.max_better_captions))
+    for tar in shards:
+        destination = work / "kept" / tar.name
+        if not destination.with_suffix(".parquet").exists():  # written after the tar
+            write_tar(destination, _undropped(tar, judged[tar]))
+    ledger = [
+        {"key": v.key, "shard": tar.name, "kept": not v.reason, "reason": v.reason, "detail": v.detail}
+        for tar in shards
+        for v in judged[tar]
+    ]
+    captions = [v.caption for tar in shards for v in judged[tar]]
+    return ledger, clean_report.summary(ledger, captions, {"mismatched": not_checked})
+
+
+def judge(pair: WebPair, settings: "Clean") -> Verdict:
+    caption = (pair.caption or "").strip()
+    verdict = Verdict(key=pair.key, caption=caption)
+    try:
+        image = files.decode(pair.image_bytes or b"")
+    except files.BadImageError as error:
+        verdict.drop("broken", str(error))
+        return verdict
+    verdict.drop("tiny", filters.tiny(*image.size, settings.min_side_px))
+    verdict.drop("extreme", filters.extreme(*image.size, settings.max_aspect_ratio))
+    verdict.drop("boilerplate", filters.boilerplate(caption))
+    verdict.drop("length", filters.length(caption, settings.min_words, settings.max_words))
+    verdict.drop("language", filters.language(caption, settings.min_english_probability))
+    if not verdict.reason:
+        verdict.hash = filters.perceptual_hash(image)
+    return verdict
+
+
+def mark_duplicates(verdicts: Iterable[Verdict], max_bits: int) -> None:
+    """Of pictures that look alike the first in file order stays."""
+    index = filters.DuplicateIndex(max_bits)
+    for verdict in verdicts:
+        if not verdict.reason:
+            original = index.find_or_add(verdict.key, verdict.hash)
+            verdict.drop("duplicate", original and f"of {original}")
+
+
+def _load_encoder(config: "Config") -> Encoder | None:
+    if config.clean.max_better_captions is None:
+        return None
+    from lyrics.foundation import clip
+
+    return clip.load_clip(CLIP) if clip.has_text_tower(CLIP) else None
+
+
+def _undropped(tar: Path, verdicts: Sequence[Verdict]) -> Iterator[WebPair]:
+    return (pair for pair, verdict in zip(read_pairs(tar), verdicts, strict=True) if not verdict.reason)
+
+
+def _judge_shard(path: Path, tar: Path, settings: "Clean") -> list[Verdict]:
+    """What each pair of a shard tells by itself; remembered in `path`."""
+    if not path.exists():
+        _write(path, [vars(judge(pair, settings)) for pair in read_pairs(tar)], _VERDICT_SCHEMA)
+    return [Verdict(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def _better_shares(path: Path, tar: Path, verdicts: Sequence[Verdict], encoder: Encoder) -> list[float]:
+    """For each pair still in, the share of its shard's other captions that fit better; remembered in `path`."""
+    if not path.exists():
+        pairs = _undropped(tar, verdicts)
+        images, texts = [], []
+        while batch := list(itertools.islice(pairs, _BATCH)):
+            images.append(encoder.encode_images([files.decode(pair.image_bytes or b"") for pair in batch]))
+            texts.append(encoder.encode_texts([(pair.caption or "").strip() for pair in batch]))
+        shares = filters.better_captions(_stack(images), _stack(texts))
+        _write(path, [{"share": float(share)} for share in shares], pa.schema([("share", pa.float64())]))
+    return [row["share"] for row in pq.read_table(path).to_pylist()]
+
+
+def _stack(batches: list[Any]) -> np.ndarray:
+    """Arrays or tensors, as one float32 array."""
+    return np.concatenate([np.asarray(batch, np.float32) for batch in batches])
+
+
+def _write(path: Path, rows: list[dict], schema: pa.Schema) -> None:
+    with io.atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)

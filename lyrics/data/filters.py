@@ -1,0 +1,143 @@
+"""Reasons to drop an image–text pair: one small function each, with its parameter.
+
+A filter returns None for a pair that may stay, else a detail for the ledger: what it saw.
+"""
+
+import functools
+import re
+from collections import defaultdict
+
+import imagehash
+import numpy as np
+from PIL import Image
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+HASH_SIDE = 16
+HASH_BITS = HASH_SIDE * HASH_SIDE
+# Against all of its 139 languages the identifier often mistakes a three-word caption for a small relative of English.
+COMMON_LANGUAGES = (
+    *("ar", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it"),
+    *("ja", "ko", "nl", "no", "pl", "pt", "ro", "ru", "sv", "th", "tr", "uk", "vi", "zh"),
+)
+
+_UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
+_BOILERPLATE = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "address": r"https?:|www\.|\b[\w-]+\.(?:com|net|org|info|html?|php)\b",
+        "file name": r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|pdf)\b"
+        r"|^\W*(?:img|dscn?|pict?|picture|photo|image|screen ?shot|scan|file|figure)[\W_]*\d[\d\W_]*$",
+        "placeholder": r"^\W*(?:untitled|thumbnail|loading|placeholder|no image|default|none|logo|banner|avatar)\W*$"
+        r"|\bimage (?:is )?(?:not|no longer|un)[ -]?(?:found|available)\b",
+        "call to act": r"\bclick (?:here|to|on|for)\b"
+        r"|\b(?:view|see) (?:the )?(?:full|large)[ -]?(?:size|image|version)\b"
+        r"|\b(?:free|wallpapers?) downloads?\b|\bdownload (?:now|free|wallpapers?)\b|\bfree shipping\b"
+        r"|\b(?:buy|order|shop) (?:this|it|now|online)\b|\badd to (?:cart|basket)\b|\bsubscribe\b|\bsign up\b",
+        "stock": r"\bstock (?:photos?|images?|vectors?|illustrations?|footage|pictures?)\b|\broyalty[- ]free\b"
+        r"|\b(?:shutterstock|getty ?images|alamy|istock(?:photo)?|dreamstime|depositphotos)\b",
+        "rights": r"\bcopyright\b|©|\ball rights reserved\b",
+        "by-line": r"^\W*(?:posted|published|uploaded) (?:by|on)\b",
+        "markup": r"<[a-z/!][^>]*>|&(?:amp|nbsp|quot|lt|gt|#\d+);|\{\{",
+    }.items()
+}
+
+
+def tiny(width: int, height: int, min_side_px: int) -> str | None:
+    return f"{width} × {height}" if min(width, height) < min_side_px else None
+
+
+def extreme(width: int, height: int, max_aspect_ratio: float) -> str | None:
+    ratio = max(width, height) / min(width, height)
+    return f"{width} × {height}, {ratio:.1f} : 1" if ratio > max_aspect_ratio else None
+
+
+def boilerplate(caption: str) -> str | None:
+    """Text that a page carries whatever its picture shows: file names, addresses, calls to click or to buy."""
+    for name, pattern in _BOILERPLATE.items():
+        if pattern.search(caption):
+            return name
+    solid = [character for character in caption if not character.isspace()]
+    if sum(map(str.isalpha, solid)) < 0.5 * len(solid):
+        return "more digits and signs than letters"
+    return None
+
+
+def length(caption: str, min_words: int, max_words: int) -> str | None:
+    """Words between spaces; in scripts without spaces a character counts as a word."""
+    words = len(caption.split()) + len(_UNSPACED.findall(caption))
+    return None if min_words <= words <= max_words else f"{words} words"
+
+
+def language(caption: str, min_english_probability: float) -> str | None:
+    """Another language than English.
+
+    English gets the benefit of the doubt (a low threshold): character statistics of a caption of three words are weak.
+    """
+    ranking = _identifier().rank(caption)
+    english = float(dict(ranking)["en"])
+    return f"{ranking[0][0]}, English {english:.3f}" if english < min_english_probability else None
+
+
+@functools.cache
+def _identifier() -> LanguageIdentifier:
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(COMMON_LANGUAGES)
+    return identifier
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """256 bits of low frequencies as hex: stable under resizing and re-encoding."""
+    return str(imagehash.phash(image, hash_size=HASH_SIDE))
+
+
+class DuplicateIndex:
+    """Finds the first earlier picture whose hash differs in at most `max_bits` bits.
+
+    The hash is cut into `max_bits + 1` bands: two hashes that close agree in at least one band wholly, so only pictures
+    that share a band are compared.
+    """
+
+    def __init__(self, max_bits: int) -> None:
+        if not 0 <= max_bits < HASH_BITS // 8:
+            raise ValueError(f"max_bits is {max_bits}; from {HASH_BITS // 8} of {HASH_BITS} on, bands say nothing")
+        edges = np.linspace(0, HASH_BITS, max_bits + 2).astype(int)
+        self._bands = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+        self._max_bits = max_bits
+        self._buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self._names: list[str] = []
+        self._hashes = np.zeros((1024, HASH_BITS // 64), np.uint64)
+
+    def find_or_add(self, name: str, hash_hex: str) -> str | None:
+        """The name of the picture that this one repeats; None for a new one, which is remembered."""
+        value = int(hash_hex, 16)
+        keys = [(band, value >> start & (1 << stop - start) - 1) for band, (start, stop) in enumerate(self._bands)]
+        words = np.frombuffer(bytes.fromhex(hash_hex), np.uint64)
+        near = sorted({index for key in keys for index in self._buckets.get(key, ())})
+        if near:
+            distances = np.bitwise_count(self._hashes[near] ^ words).sum(1)
+            within = np.flatnonzero(distances <= self._max_bits)
+            if within.size:
+                return self._names[near[within[0]]]
+        index = len(self._names)
+        if index == len(self._hashes):
+            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
+        self._names.append(name)
+        self._hashes[index] = words
+        for key in keys:
+            self._buckets[key].append(index)
+        return None
+
+
+def better_captions(image_embeddings_NE: np.ndarray, text_embeddings_NE: np.ndarray) -> np.ndarray:
+    """For each of N pairs, the share of the other captions that fit its picture better than its own, in [0, 1].
+
+    A rank, so that the threshold means the same for a well and for a poorly fitted image–text model: a caption chosen
+    at random is at 0.5 on average, whatever the model.
+    """
+    similarity_NN = image_embeddings_NE @ text_embeddings_NE.T
+    better = (similarity_NN > np.diagonal(similarity_NN)[:, None]).sum(1)
+    return better / max(len(similarity_NN) - 1, 1)
+
+
+def mismatched(better_share: float, max_better_captions: float) -> str | None:
+    return f"{better_share:.0%} of other captions fit better" if better_share > max_better_captions else None

@@ -1,0 +1,157 @@
+import io as stdio
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lyrics import io
+from lyrics.config import Clean
+from lyrics.data import clean, clean_report
+from lyrics.data.webdataset import WebPair, read_pairs, write_tar
+from lyrics.errors import InputError
+from lyrics.stage import NullTracker
+
+SETTINGS = Clean(
+    min_side_px=48,
+    max_aspect_ratio=4.0,
+    duplicate_hamming_bits=24,
+    min_words=2,
+    max_words=60,
+    min_english_probability=0.02,
+    max_better_captions=0.3,
+)
+COLORS = ("red", "green", "blue", "white")
+GOOD = 60
+
+
+class FakeEncoder:
+    """Embeds a picture by its key colour's number, a caption by the number it names."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def encode_images(self, images):
+        self.calls += 1
+        codes = [int(np.asarray(image)[2, 2, 0]) for image in images]
+        return np.stack([self._embed(code) for code in codes])
+
+    def encode_texts(self, texts):
+        return np.stack([self._embed(3 * int(text.split()[1][1:])) for text in texts])
+
+    @staticmethod
+    def _embed(code):
+        angle = code / 255 * np.pi
+        return np.array([np.cos(angle), np.sin(angle)], np.float32)
+
+
+def jpeg(seed, size=(64, 64)):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+    image.paste((3 * seed, 3 * seed, 3 * seed), (0, 0, 8, 8))
+    buffer = stdio.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def pair(key, content, caption):
+    return WebPair(key=key, image_bytes=content, caption=caption, meta={"url": "u", "width": 64, "height": 64})
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """Two shards in which every kind of dirt lies once, and its truth."""
+    monkeypatch.chdir(tmp_path)
+    good = [pair(f"g{n:02d}", jpeg(n), f"Picture n{n} is a good one.") for n in range(GOOD)]
+    bad = {
+        "broken": pair("b0", jpeg(60)[:-200], "Picture n60 is broken."),
+        "tiny": pair("b1", jpeg(61, (32, 32)), "Picture n61 is tiny."),
+        "extreme": pair("b2", jpeg(62, (400, 64)), "Picture n62 is extreme."),
+        "boilerplate": pair("b3", jpeg(63), "Click here to see n63"),
+        "length": pair("b4", jpeg(64), "One"),
+        "language": pair("b5", jpeg(65), "Ein n65 schönes Bild auf dunklem Grund."),
+        "duplicate": pair("b6", jpeg(7), "Picture n7 is a copy."),
+        "mismatched": pair("b7", jpeg(2), "Picture n59 is not this."),
+    }
+    bad["mismatched"] = pair("b7", jpeg(66), "Picture n2 is not this.")
+    write_tar(Path("data/raw/web/00000.tar"), good[: GOOD // 2])
+    write_tar(Path("data/raw/web/00001.tar"), good[GOOD // 2 :] + list(bad.values()))
+    truth = [{"key": p.key, "dirt": "clean"} for p in good] + [{"key": p.key, "dirt": r} for r, p in bad.items()]
+    truth[3]["dirt"] = "mismatched"  # dirt that nothing can see
+    clean._write(Path("data/raw/web_truth.parquet"), truth, clean.pa.schema([("key", "string"), ("dirt", "string")]))
+    return tmp_path
+
+
+class Config:
+    clean = SETTINGS
+    device = "cpu"
+
+
+def run(work, monkeypatch, encoder):
+    monkeypatch.setattr(clean, "_load_encoder", lambda config: encoder)
+    work.mkdir(parents=True, exist_ok=True)
+    clean.run(Config, work, NullTracker())
+    return work / "out"
+
+
+def test_every_kind_of_dirt_is_dropped_for_its_reason(web, monkeypatch):
+    out = run(web / "work", monkeypatch, FakeEncoder())
+    ledger = {row["key"]: row for row in pq.read_table(out / "ledger.parquet").to_pylist()}
+    dropped = [row["reason"] for row in ledger.values() if not row["kept"]]
+    assert dropped == list(clean_report.REASONS)
+    assert ledger["b6"]["detail"] == "of g07" and ledger["b6"]["shard"] == "00001.tar"
+    kept = [p for tar in sorted(out.glob("*.tar")) for p in read_pairs(tar)]
+    raw = {p.key: p for tar in sorted(Path("data/raw/web").glob("*.tar")) for p in read_pairs(tar)}
+    assert [p.key for p in kept] == [f"g{n:02d}" for n in range(GOOD)]
+    assert all(p.image_bytes == raw[p.key].image_bytes and p.caption == raw[p.key].caption for p in kept)
+
+
+def test_the_report_counts_and_scores(web, monkeypatch):
+    report = io.read_json(run(web / "work", monkeypatch, FakeEncoder()) / "report.json")
+    assert report["pairs"] == GOOD + 8 and report["kept"] == GOOD
+    assert report["dropped"] == dict.fromkeys(clean_report.REASONS, 1) and report["not_checked"] == {"mismatched": 0}
+    assert report["score"]["precision"] == 1.0 and report["score"]["recall"] == pytest.approx(8 / 9)
+    assert report["score"]["reasons"]["mismatched"]["recall"] == 0.5
+    assert report["examples"]["language"][0]["caption"].startswith("Ein")
+    assert clean_report.metrics(report)["clean/dropped_tiny"] == 1
+
+
+def test_without_an_image_text_model_mismatches_are_counted_as_not_checked(web, monkeypatch):
+    report = io.read_json(run(web / "work", monkeypatch, None) / "report.json")
+    assert report["dropped"]["mismatched"] == 0 and report["not_checked"] == {"mismatched": GOOD + 1}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(web, monkeypatch):
+    whole = run(web / "whole", monkeypatch, FakeEncoder())
+    stopped = FakeEncoder()
+
+    def stop(texts):
+        if stopped.calls > 1:
+            raise KeyboardInterrupt
+        return FakeEncoder.encode_texts(stopped, texts)
+
+    stopped.encode_texts = stop
+    with pytest.raises(KeyboardInterrupt):
+        run(web / "work", monkeypatch, stopped)
+    monkeypatch.setattr(clean, "judge", lambda *_: pytest.fail("a finished shard was judged again"))
+    second = FakeEncoder()
+    again = run(web / "work", monkeypatch, second)
+    assert second.calls == 1  # the first shard was matched before
+    assert io.sha256_tree(again) == io.sha256_tree(whole)
+
+
+def test_an_empty_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"data/raw/web holds no \.tar"):
+        run(tmp_path / "work", monkeypatch, None)
+
+
+def test_a_shard_in_which_nothing_is_good_leaves_an_empty_shard(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tar(Path("data/raw/web/00000.tar"), [pair("a", None, "A star."), pair("b", jpeg(1), None)])
+    out = run(tmp_path / "work", monkeypatch, FakeEncoder())
+    assert list(read_pairs(out / "00000.tar")) == []
+    assert [row["reason"] for row in pq.read_table(out / "ledger.parquet").to_pylist()] == ["broken", "length"]
+    assert io.read_json(out / "report.json")["score"] is None

@@ -1,0 +1,131 @@
+import io
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from lyrics.data import filters
+
+CAPTIONS = [
+    "A red umbrella left of a star.",
+    "A blue skull.",
+    "Two purple diamonds.",
+    "A man standing on a beach next to a surfboard.",
+    "Woman eating a bagel, 1980s",
+    "Image of a phone and a cup",
+    "A stop sign with a click counter",
+]
+
+
+def picture(seed, size=(96, 96)):
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", size, tuple(rng.integers(0, 80, 3)))
+    for _ in range(4):
+        x, y = rng.integers(0, size[0] - 30), rng.integers(0, size[1] - 30)
+        ImageDraw.Draw(image).ellipse((x, y, x + 30, y + 30), fill=tuple(rng.integers(80, 255, 3)))
+    return image
+
+
+def reencoded(image, scale, quality):
+    buffer = io.BytesIO()
+    image.resize((round(image.width * scale), round(image.height * scale))).save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_ordinary_captions_stay(caption):
+    assert filters.boilerplate(caption) is None
+    assert filters.length(caption, 2, 60) is None
+    assert filters.language(caption, 0.02) is None
+
+
+@pytest.mark.parametrize(
+    ("caption", "detail"),
+    [
+        ("IMG_1234.JPG", "file name"),
+        ("photo 0012", "file name"),
+        ("see www.example.org for more", "address"),
+        ("https://example.org/x", "address"),
+        ("Click to enlarge", "call to act"),
+        ("Sunset over hills - Free shipping", "call to act"),
+        ("Sunset Royalty Free Stock Photo", "stock"),
+        ("© 2019 Somebody", "rights"),
+        ("Untitled", "placeholder"),
+        ("posted by admin", "by-line"),
+        ("<b>Sunset</b>", "markup"),
+        ("4411-22 / 17 x", "more digits and signs than letters"),
+    ],
+)
+def test_boilerplate_is_named(caption, detail):
+    assert filters.boilerplate(caption) == detail
+
+
+@pytest.mark.parametrize(
+    ("caption", "code"),
+    [
+        ("Ein roter Regenschirm links von einem Stern", "de"),
+        ("une étoile rouge à gauche d'un parapluie", "fr"),
+        ("un paraguas rojo a la izquierda de una estrella", "es"),
+        ("красный зонт слева от звезды", "ru"),
+        ("一把红色的雨伞在星星的左边", "zh"),
+        ("一つの赤い傘は星の左にあります", "ja"),
+    ],
+)
+def test_other_languages_are_named(caption, code):
+    assert filters.language(caption, 0.02).startswith(f"{code}, ")
+
+
+def test_sizes_shapes_and_lengths_at_their_limits():
+    assert filters.tiny(48, 300, 48) is None and filters.tiny(300, 47, 48) == "300 × 47"
+    assert filters.extreme(400, 100, 4.0) is None and filters.extreme(100, 401, 4.0) == "100 × 401, 4.0 : 1"
+    assert filters.length("two words", 2, 3) is None
+    assert filters.length("one", 2, 3) == "1 words" and filters.length("", 2, 3) == "0 words"
+    assert filters.length("免费下载的电脑壁纸", 2, 60) is None
+    assert filters.length("one two three four", 2, 3) == "4 words"
+
+
+def test_reencoded_pictures_are_duplicates_and_other_pictures_are_not():
+    index = filters.DuplicateIndex(24)
+    for seed in range(40):
+        assert index.find_or_add(f"p{seed}", filters.perceptual_hash(picture(seed))) is None
+    for seed in range(40):
+        again = reencoded(picture(seed), 0.85 + 0.01 * seed, 70)
+        assert index.find_or_add("again", filters.perceptual_hash(again)) == f"p{seed}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 24))
+def test_bands_find_what_comparing_all_pairs_finds(data, max_bits):
+    bits = st.integers(0, 2**filters.HASH_BITS - 1)
+    values = data.draw(st.lists(bits, min_size=1, max_size=6))
+    for value in list(values):
+        flips = data.draw(st.sets(st.integers(0, filters.HASH_BITS - 1), max_size=max_bits + 2))
+        values.append(value ^ sum(1 << flip for flip in flips))
+    index, originals = filters.DuplicateIndex(max_bits), []
+    for value in values:
+        expected = next((o for o in originals if (o ^ value).bit_count() <= max_bits), None)
+        found = index.find_or_add(str(value), f"{value:064x}")
+        assert found == (None if expected is None else str(expected))
+        if expected is None:
+            originals.append(value)
+
+
+def test_duplicate_search_is_not_quadratic():
+    rng = np.random.default_rng(0)
+    hashes = [rng.bytes(32).hex() for _ in range(8000)]
+    index = filters.DuplicateIndex(24)
+    start = time.perf_counter()
+    assert all(index.find_or_add(value, value) is None for value in hashes)
+    assert time.perf_counter() - start < 8
+    assert index.find_or_add("again", hashes[5]) == hashes[5]
+
+
+def test_a_caption_is_ranked_among_the_others():
+    images = np.eye(4, dtype=np.float32)
+    texts = np.eye(4, dtype=np.float32)[[1, 0, 2, 3]] + 0.01 * np.eye(4, dtype=np.float32)
+    np.testing.assert_allclose(filters.better_captions(images, texts), [1 / 3, 1 / 3, 0, 0])
+    assert filters.better_captions(images[:1], texts[:1]).tolist() == [0]
+    assert filters.mismatched(0.31, 0.3) and filters.mismatched(0.3, 0.3) is None
