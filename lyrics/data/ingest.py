@@ -32,6 +32,8 @@ EVALUATED = ("val", "test", "test_ood")
 
 def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     """Write data/raw. Unusable input is refused before anything is written."""
+    if config.data.source == "world":
+        datasets.check(config.world)
     building = work / "building"
     shutil.rmtree(building, ignore_errors=True)
     if config.data.source == "world":

@@ -19,6 +19,12 @@ SPLITS = ("foundation", "web", "instruct", "val", "test", "test_ood")
 ANNOTATED = tuple(split for split in SPLITS if split != "web")
 WEB_KEYS_PER_SHARD = 500
 _DOCUMENTS_PER_SCENE = 4
+_RANGES = {
+    "image_size_px": (64, 1024),
+    "max_objects": (1, 8),
+    "questions_per_image": (1, 20),
+    "corpus_documents": (0, 10**8),
+}
 _EXPRESSIONS_PER_IMAGE = 2
 
 
@@ -52,6 +58,25 @@ class WebItem:
 
 CATEGORIES: tuple[dict[str, Any], ...] = tuple({"id": i, "name": kind} for i, kind in enumerate(KINDS, start=1))
 _CATEGORY_IDS = {category["name"]: category["id"] for category in CATEGORIES}
+
+
+def check(world: World) -> None:
+    """Refuse values from which no world can be made.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for name, number in dataclasses.asdict(world.scenes).items():
+        if number < 0:
+            raise InputError(f"world.scenes.{name} is {number}; it counts scenes, so give 0 or more")
+    for name, (low, high) in _RANGES.items():
+        if not low <= getattr(world, name) <= high:
+            raise InputError(f"world.{name} is {getattr(world, name)}; give a value from {low} to {high}")
+    rates = dataclasses.asdict(world.dirt)
+    if min(rates.values()) < 0 or sum(rates.values()) > 0.9:
+        raise InputError(
+            f"The rates in world.dirt add up to {sum(rates.values()):.2f}; none may be negative, their sum at most 0.9"
+        )
 
 
 def scene_of(seed: int, split: str, index: int, world: World) -> Scene:
@@ -137,9 +162,6 @@ def web_items(seed: int, world: World) -> Iterator[WebItem]:
 def _assign_dirt(seed: int, world: World) -> list[str]:
     """One label per web pair. The first tenth has no duplicates, so that each finds an earlier original."""
     total = world.scenes.web
-    share = sum(dataclasses.asdict(world.dirt).values())
-    if share > 0.9:
-        raise InputError(f"The rates in world.dirt add up to {share:.2f}; lower them until the sum is at most 0.9")
     labels = ["clean"] * total
     order = [int(i) for i in seeding.rng(seed, "web", "dirt").permutation(total)]
     late = [i for i in order if i >= total // 10 + 1]

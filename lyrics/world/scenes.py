@@ -241,4 +241,4 @@ def _draw_ground(ground: Ground, size: int) -> np.ndarray:
         second = (xs * 7919 + ys * 104729 + (xs * ys) % 251 * 31) % 13 < 2
     else:
         second = np.zeros((size, size), dtype=bool)
-    return np.where(second[..., None], np.array(ground.rgb_second), np.array(ground.rgb)).astype(np.uint8)
+    return np.array([ground.rgb, ground.rgb_second], dtype=np.uint8)[second.astype(np.intp)]
