@@ -1,0 +1,108 @@
+"""What may import what, and whether dvc.yaml lists the code that each stage imports."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from closure import ROOTS, WORLD, by_entry, closure, covered_by_folder, imports, is_code, listed
+
+from lyrics import config, dag
+from lyrics.cli import PARTS
+
+ROOT = Path(__file__).parents[1]
+# flows -> lyrics.cli -> stages -> model; leaves are open to all. What a package imports beside itself and leaves:
+LEAVES = {"config", "compose", "dag", "errors", "io", "process", "seeding", "stage", "track"}
+ALLOWED = {
+    "model": set(),
+    "world": {"data"},
+    "data": {"world", "foundation", "model"},
+    "foundation": {"data", "model"},
+    "refiner": {"foundation", "data", "model"},
+    "train": {"data", "refiner", "foundation", "model"},
+    "evaluate": {"data", "refiner", "foundation", "model", "train", "inference", "drawing"},
+    "track": set(),
+}
+# Boxes and tags as text: prompts and the refiner share the format, and it imports nothing itself.
+SHARED = {"lyrics.refiner.spatial_text"}
+
+
+def our_imports(file: Path) -> set[str]:
+    """Second part of each of our own dotted names: `data` for lyrics.data.coco."""
+    names = {name for name in imports(file) if name.startswith("lyrics.")}
+    shared = {name for name in names if any(name == one or name.startswith(f"{one}.") for one in SHARED)}
+    packages = {one.rpartition(".")[0] for one in shared if one in SHARED}
+    return {name.split(".")[1] for name in names - shared - packages}
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_packages_import_in_one_direction(package: str) -> None:
+    for file in (ROOT / "lyrics" / package).rglob("*.py"):
+        wrong = {
+            name
+            for name in our_imports(file)
+            if name not in LEAVES | ALLOWED[package] | {package} and (ROOT / "lyrics" / name).exists()
+        }
+        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_nobody_imports_the_flows_or_the_command_line() -> None:
+    for file in (ROOT / "lyrics").rglob("*.py"):
+        names = set(imports(file))
+        assert not any(name.split(".")[0] == "flows" for name in names), file
+        assert file.name == "__main__.py" or not any(name.startswith("lyrics.cli") for name in names), file
+
+
+def test_only_track_and_the_served_model_import_mlflow() -> None:
+    for file in [*(ROOT / "lyrics").rglob("*.py"), *(ROOT / "flows").rglob("*.py")]:
+        place = file.relative_to(ROOT).as_posix()
+        if not place.startswith("lyrics/track/") and place != "lyrics/serving.py":
+            assert not any(name.split(".")[0] == "mlflow" for name in imports(file)), place
+
+
+def test_no_machine_learning_in_the_flows() -> None:
+    for file in (ROOT / "flows").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(file)} & {"torch", "transformers", "numpy"}, file
+
+
+@pytest.mark.parametrize("entry", sorted({stage.partition("@")[0] for stage in ROOTS}))
+def test_dvc_lists_the_code_that_a_stage_imports(entry: str) -> None:
+    document = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    deps = listed(document["stages"][entry])
+    wanted = covered_by_folder(deps, by_entry(ROOT)[entry])
+    assert {dep for dep in deps if is_code(dep)} == set(wanted), "mend it with: python -m tests.closure --write"
+    assert "requirements.lock" in deps
+
+
+@pytest.mark.parametrize("stage", sorted(ROOTS))
+def test_dvc_lists_the_keys_that_a_stage_reads(stage: str) -> None:
+    """`config.KEY` in the files of the stage, without those that are another stage."""
+    others = frozenset(start for starts in ROOTS.values() for start in starts) - set(ROOTS[stage])
+    sections = {field.name for field in dataclasses.fields(config.Config)}
+    read = {
+        f"foundation.{part}" if section == "foundation" and part in PARTS else section
+        for file in closure(ROOTS[stage], ROOT, others)
+        if file.endswith(".py")
+        for section, part in re.findall(r"\bconfig\.(\w+)(?:\.(\w+))?", (ROOT / file).read_text())
+        if section in sections
+    }
+    known = dag.read(ROOT / "dvc.yaml")[stage].params["build/config.yaml"]
+    assert not {key for key in read if not any(key == one or key.startswith(f"{one}.") for one in known)}
+
+
+def test_the_stages_are_where_the_closure_begins() -> None:
+    assert not [start for starts in ROOTS.values() for start in starts if not (ROOT / start).exists()]
+
+
+def test_the_closure_follows_imports_inside_functions(tmp_path: Path) -> None:
+    package = tmp_path / "lyrics" / "a"
+    package.mkdir(parents=True)
+    (package / "one.py").write_text("def f():\n    from lyrics.a import two\n")
+    (package / "two.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lyrics.a.three\n")
+    (package / "three.py").write_text("x = 1\n")
+    assert closure(["lyrics/a/one.py"], tmp_path) == {"lyrics/a/one.py", "lyrics/a/two.py"}
+
+
+def test_ingest_lists_the_embedded_world_through_the_folder() -> None:
+    assert yaml.safe_load((ROOT / "params/run.yaml").read_text())["folder"] == WORLD
