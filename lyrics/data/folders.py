@@ -156,8 +156,19 @@ def _pair(seed: int, shard: int, index: int, image: dict[str, Any], source: _Sou
         key=f"{shard:05d}{index:04d}",
         image_bytes=(source.folder / "images" / image["file_name"]).read_bytes(),
         caption=options[int(seeding.rng(seed, "web caption", image["id"]).integers(len(options)))],
-        meta={"url": image["file_name"], "width": image["width"], "height": image["height"]},
+        meta={
+            "url": image["file_name"],
+            "width": image["width"],
+            "height": image["height"],
+            "annotations": [_web_annotation(item) for item in source.objects.get(image["id"], ())],
+        },
     )
+
+
+def _web_annotation(item: coco.CocoObject) -> dict[str, Any]:
+    """What the oracle refiner reads of a web pair."""
+    x0, y0, x1, y1 = item.box_xyxy
+    return {"category": item.category, "bbox": [x0, y0, x1 - x0, y1 - y0], "rle": item.rle}
 
 
 def _write_annotated(seed: int, split: str, source: _Source, folder: Path) -> dict[str, int]:
