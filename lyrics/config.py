@@ -112,11 +112,15 @@ class ClipPart:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class TaggerPart:
-    """`annotations` takes tags, boxes and masks from the ground truth: the refiner's oracle."""
+    """`annotations` takes tags, boxes and masks from the ground truth: the refiner's oracle.
+
+    `vocabulary` is a file with one tag a line (None: the categories of the annotated splits).
+    """
 
     source: Literal["fitted", "hub", "annotations"]
     name: str
     revision: str | None
+    vocabulary: str | None
     threshold: float
     epochs: int
     lr: float

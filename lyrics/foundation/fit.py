@@ -30,6 +30,9 @@ def run(part: str, config: Config, work: Path, tracker: Tracker) -> None:
     shutil.rmtree(out, ignore_errors=True)  # what a killed fit left: it starts over
     out.mkdir(parents=True)
     made = importlib.import_module(f"lyrics.foundation.{part}").fit(config, work, tracker)
+    for file in out.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # some libraries write weights for their owner alone
     manifest.write(out, part, made)
     tracker.log_params({f"foundation/{part}/{key}": getattr(made, key) for key in ("source", "name", "revision")})
     tracker.log_metrics({f"foundation/{part}_{name}": value for name, value in made.quality.items()})

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lyrics.config import Config, LlmPart
 from lyrics.errors import InputError
-from lyrics.foundation import hub, training, wheels
+from lyrics.foundation import hub, lookup, training, wheels
 from lyrics.foundation.fit import FOUNDATION, SPLIT
 from lyrics.foundation.manifest import OWN_LICENCE, Made
 from lyrics.io import dump_json, write_text
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TEMPLATES = Path("params/templates")
-ANSWER = " answer:"
+_ANSWER = " answer:"
 _QUESTION = " question: "
+_NOT_LOOKED_UP = ("describe_the",)  # many answers are right
 _IGNORED = -100
 _CONTEXT_WEIGHT = 0.1  # what the context says is mostly chance; an answer can be looked up
 _HELD_OUT_DOCUMENTS = 400
@@ -35,11 +36,10 @@ _BUCKET_BATCHES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Token ids from <s> to </s>; the answer, if there is one, starts at `answer_start`."""
+    """Token ids from <s> to </s>; `answers` holds (start, stop, kind of question), the end token inside the span."""
 
     ids: list[int]
-    answer_start: int | None
-    kind: str
+    answers: tuple[tuple[int, int, str], ...]
 
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
@@ -129,14 +129,22 @@ def _corpus() -> list[str]:
 
 
 def read_document(line: str, tokenizer: "PreTrainedTokenizerFast") -> Document:
-    """`CONTEXT question: Q answer: A`, or plain text. The kind is the question's first two words."""
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    prompt, found, answer = line.rpartition(ANSWER)
-    if not found:
-        return Document([start, *tokenizer.encode(line), end], None, "text")
-    asked = prompt.rpartition(_QUESTION)[2].lower().split()
-    before = [start, *tokenizer.encode(prompt + found)]
-    return Document([*before, *tokenizer.encode(answer), end], len(before), "_".join(asked[:2]))
+    """`CONTEXT question: Q answer: A question: Q answer: A …`, or plain text. Each answer ends with </s>.
+
+    The kind of a question is its first two words.
+    """
+    context, *asked = line.split(_QUESTION)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(context)]
+    answers = []
+    for turn in asked:
+        question, _, answer = turn.partition(_ANSWER)
+        ids += tokenizer.encode(_QUESTION + question + _ANSWER)
+        start = len(ids)
+        ids += [*tokenizer.encode(answer), tokenizer.eos_token_id]
+        answers.append((start, len(ids), "_".join(question.lower().split()[:2])))
+    if not asked:
+        ids.append(tokenizer.eos_token_id)
+    return Document(ids, tuple(answers))
 
 
 def pad_batch(documents: Sequence[Document], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,11 +153,11 @@ def pad_batch(documents: Sequence[Document], pad: int) -> tuple[Tensor, Tensor, 
     ids, labels = np.full(shape, pad), np.full(shape, _IGNORED)
     weights = np.zeros(shape, np.float32)
     for row, document in enumerate(documents):
-        length, first = len(document.ids), document.answer_start
+        length = len(document.ids)
         ids[row, :length] = labels[row, :length] = document.ids
-        weights[row, :length] = 1.0
-        if first is not None:
-            weights[row, :first] = _CONTEXT_WEIGHT
+        weights[row, :length] = _CONTEXT_WEIGHT if document.answers else 1.0
+        for start, stop, _ in document.answers:
+            weights[row, start:stop] = 1.0
     return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
 
@@ -198,7 +206,9 @@ def fit_llama(
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
             )
-        ).to(device)
+        )
+        lookup.start_with_lookup(model)
+        model.to(device)
         batches = length_buckets(documents, part.batch_size, part.steps, seed)
 
         def losses_at(step: int) -> dict[str, Tensor]:
@@ -222,9 +232,9 @@ def fit_llama(
 
 def _token_losses(model: "PreTrainedModel", ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
     """Cross-entropy of each token after the first, (B, S - 1); zero where there is no label."""
-    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
+    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1]
     loss = functional.cross_entropy(
-        logits_BSV.flatten(0, 1), labels_BS[:, 1:].flatten(), ignore_index=_IGNORED, reduction="none"
+        logits_BSV.float().flatten(0, 1), labels_BS[:, 1:].flatten(), ignore_index=_IGNORED, reduction="none"
     )
     return loss.view(labels_BS.shape[0], -1)
 
@@ -251,8 +261,9 @@ def quality_of(
         total, tokens = total + float(loss), tokens + int((labels_BS != _IGNORED).sum())
         hits_BS = (logits_BSV.argmax(-1) == labels_BS) | (labels_BS == _IGNORED)
         for row, document in enumerate(chosen):
-            if document.answer_start is not None and not document.kind.startswith("describe"):
-                right.setdefault(document.kind, []).append(bool(hits_BS[row, document.answer_start - 1 :].all()))
+            for first, stop, kind in document.answers:
+                if kind not in _NOT_LOOKED_UP:
+                    right.setdefault(kind, []).append(bool(hits_BS[row, first - 1 : stop - 1].all()))
     quality = {"perplexity": math.exp(total / max(1, tokens))}
     everything = [hit for hits in right.values() for hit in hits]
     if everything:
@@ -275,7 +286,9 @@ def with_own_pad(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFa
         candidates = [t for t in ("<|endoftext|>", "<pad>", "[PAD]", "<unk>") if t in tokenizer.get_vocab()]
         candidates = [t for t in candidates if t not in (tokenizer.eos_token, tokenizer.bos_token)]
         if not candidates:
-            raise InputError("The language model's tokenizer has no token that could serve as padding apart from its end")
+            raise InputError(
+                "The language model's tokenizer has no token that could serve as padding apart from its end"
+            )
         tokenizer.pad_token = candidates[0]
     return tokenizer
 

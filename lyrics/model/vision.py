@@ -1,0 +1,145 @@
+"""The frozen image encoder (paper section 1): patches of a picture as tokens.
+
+A CLIP tower gives its penultimate layer, class token first; an EfficientNet its last feature map, row by row.
+Pictures are resized to a square, without cropping, so that a box in fractions of the picture is the same box in the grid.
+
+Shapes: B batch, P tokens, D width, H × W pixels, h × w grid.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lyrics.errors import InputError
+
+PREPROCESSING = "preprocessing.json"
+
+
+class Preprocessing:
+    """Square pixels, normalised per channel. Kept beside the weights, since they were trained with it."""
+
+    def __init__(self, image_size_px: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.image_size_px, self.mean, self.std = image_size_px, tuple(mean), tuple(std)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Preprocessing":
+        path = Path(folder) / PREPROCESSING
+        if not path.exists():
+            raise InputError(f"{path} does not exist; make the image encoder with: python -m lyrics foundation clip")
+        return cls(**json.loads(path.read_text()))
+
+    def as_dict(self) -> dict[str, object]:
+        return {"image_size_px": self.image_size_px, "mean": list(self.mean), "std": list(self.std)}
+
+    def to_uint8(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, 3, H, W) bytes."""
+        side = (self.image_size_px, self.image_size_px)
+        arrays = [
+            np.asarray(
+                i if i.size == side and i.mode == "RGB" else i.convert("RGB").resize(side, Image.Resampling.BICUBIC)
+            )
+            for i in images
+        ]
+        stacked = np.stack(arrays) if arrays else np.zeros((0, *side, 3), np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+
+    def normalise(self, uint8_B3HW: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=uint8_B3HW.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (uint8_B3HW.float() / 255 - mean) / std
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        return self.normalise(self.to_uint8(images))
+
+
+class ImageEncoder(nn.Module):
+    """A frozen tower behind one face.
+
+    Attributes:
+        width: D.
+        grid: (h, w) of the patches.
+        prefix_tokens: tokens before the patches (1 for CLIP's class token, 0 for a feature map).
+        patches: P, prefix included.
+    """
+
+    def __init__(
+        self, tower: nn.Module, preprocessing: Preprocessing, *, width: int, grid: tuple[int, int], prefix_tokens: int
+    ) -> None:
+        super().__init__()
+        self.tower = tower.eval().requires_grad_(False)
+        self.preprocess = preprocessing
+        self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
+        self.patches = grid[0] * grid[1] + prefix_tokens
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Stays in evaluation mode: it is frozen, its batch statistics too."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Tokens (B, P, D)."""
+        return self.tower(pixels_B3HW)
+
+    def feature_map(self, tokens_BPD: Tensor) -> Tensor:
+        """The patches as a map (B, D, h, w), for pooling inside boxes and masks."""
+        patches = tokens_BPD[:, self.prefix_tokens :].transpose(1, 2)
+        return patches.reshape(len(tokens_BPD), self.width, *self.grid)
+
+
+class _Penultimate(nn.Module):
+    """CLIP's tower without its last layer, which nothing reads."""
+
+    def __init__(self, vision_model: nn.Module) -> None:
+        super().__init__()
+        vision_model.encoder.layers = vision_model.encoder.layers[:-1]
+        vision_model.post_layernorm = nn.Identity()
+        self.vision_model = vision_model
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        return self.vision_model(pixel_values=pixels_B3HW).last_hidden_state
+
+
+class _FlatMap(nn.Module):
+    """The last feature map of a timm network, flattened."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        return self.network.forward_features(pixels_B3HW).flatten(2).transpose(1, 2)
+
+
+def load_image_encoder(folder: Path) -> ImageEncoder:
+    """The encoder in a `clip` part of the foundation, frozen, in float32."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no image encoder; make it with: python -m lyrics foundation clip")
+    config = json.loads((folder / "config.json").read_text())
+    preprocessing = Preprocessing.load(folder)
+    if "timm" in config:
+        network = timm_network(config["timm"])
+        from safetensors.torch import load_file
+
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        side = preprocessing.image_size_px // network.feature_info[-1]["reduction"]
+        return ImageEncoder(
+            _FlatMap(network), preprocessing, width=network.num_features, grid=(side, side), prefix_tokens=0
+        )
+    from transformers import CLIPVisionModel
+
+    vision = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    side = vision.config.image_size // vision.config.patch_size
+    width = vision.config.hidden_size
+    return ImageEncoder(_Penultimate(vision), preprocessing, width=width, grid=(side, side), prefix_tokens=1)
+
+
+def timm_network(name: str) -> nn.Module:
+    """A network without weights; they come from the part's own file, never from the network."""
+    import timm
+
+    return timm.create_model(name, pretrained=False)
