@@ -49,10 +49,10 @@ _VERDICT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", 
 
 
 class Encoder(Protocol):
-    """The part of an image–text model that judges a pair; embeddings are L2-normalised rows."""
+    """The part of an image–text model that judges a pair: arrays or tensors, a row of length 1 for each item."""
 
-    def encode_images(self, images: list[Image.Image]) -> np.ndarray: ...
-    def encode_texts(self, texts: list[str]) -> np.ndarray: ...
+    def encode_images(self, images: Sequence[Image.Image], /) -> Any: ...
+    def encode_texts(self, texts: Sequence[str], /) -> Any: ...
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 BoxLike: TypeAlias = Sequence[float] | np.ndarray
 
 _CELLS = 100
-_TOLERANCE = 1e-6  # in steps: 0.29 × 100 is 28.999… in binary and belongs to cell 29
+_TOLERANCE = 1e-4  # in cells: 0.29 × 100 is 28.999… in binary and belongs to cell 29
 _STRUCTURE = re.compile(r"[\s;:,\[\]]+")
 _GRID_NUMBER = r"(?<![\d.\-])\d+(?!\.?\d)"
 _GRID_RUN = re.compile(rf"{_GRID_NUMBER}(?:[\s,]+{_GRID_NUMBER}){{3,}}")

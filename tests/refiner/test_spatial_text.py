@@ -31,7 +31,7 @@ def test_parsing_inverts_writing_up_to_rounding(coordinate_format, objects):
     parsed = parse_objects(text, coordinate_format)
     assert [tag for tag, _ in parsed] == [clean_tag(name) for name in names]
     for (_, got), want in zip(parsed, corners, strict=True):
-        assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= STEP[coordinate_format] / 2 + 2e-8
+        assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= STEP[coordinate_format] / 2 + 2e-6
         assert parse_box(format_box(want, coordinate_format), coordinate_format) == got
     assert format_objects([t for t, _ in parsed], [b for _, b in parsed], coordinate_format) == text
 
