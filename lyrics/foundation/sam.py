@@ -1,0 +1,117 @@
+"""A `segment_anything` model of any size, and its decoder over the boxes of many pictures at once.
+
+Shapes: B images, R boxes of a batch, C width of the image embedding, H × W its grid.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamSize:
+    image_size_px: int
+    patch_size_px: int
+    width: int
+    layers: int
+    heads: int
+    embedding: int
+    decoder_layers: int
+    decoder_heads: int
+    decoder_mlp: int
+
+
+def build(size: SamSize) -> Sam:
+    """As `segment_anything` builds its own, with one mask per box in place of three candidates."""
+    grid = size.image_size_px // size.patch_size_px
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=size.image_size_px,
+            patch_size=size.patch_size_px,
+            embed_dim=size.width,
+            depth=size.layers,
+            num_heads=size.heads,
+            out_chans=size.embedding,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            window_size=0,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=size.embedding,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size.image_size_px, size.image_size_px),
+            mask_in_chans=4,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=0,
+            transformer=TwoWayTransformer(
+                depth=size.decoder_layers,
+                embedding_dim=size.embedding,
+                num_heads=size.decoder_heads,
+                mlp_dim=size.decoder_mlp,
+            ),
+            transformer_dim=size.embedding,
+            iou_head_depth=2,
+            iou_head_hidden_dim=size.embedding,
+        ),
+    )
+
+
+def encode(sam: Sam, pixels_B3SS: Tensor) -> Tensor:
+    """Image embeddings (B, C, H, W) of pictures in [0, 1]."""
+    return sam.image_encoder((pixels_B3SS * 255 - sam.pixel_mean) / sam.pixel_std)
+
+
+def decode(sam: Sam, embeddings_BCHW: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Mask logits (R, 4H, 4W) of every box (pixels of the network's picture) of every picture, in order.
+
+    `MaskDecoder` itself takes one picture at a time and refuses no boxes; this is its computation with each box beside
+    its own picture.
+    """
+    decoder, prompts = sam.mask_decoder, sam.prompt_encoder
+    counts = torch.tensor([len(one) for one in boxes], device=embeddings_BCHW.device)
+    if not int(counts.sum()):
+        side = 4 * embeddings_BCHW.shape[-1]
+        return embeddings_BCHW.new_zeros(0, side, side)
+    sparse_RNC, dense_RCHW = prompts(points=None, boxes=torch.cat(list(boxes)), masks=None)
+    tokens_KC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens_RKC = torch.cat([tokens_KC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
+    source_RCHW = torch.repeat_interleave(embeddings_BCHW, counts, dim=0) + dense_RCHW
+    position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
+    tokens_RKC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RKC)
+    upscaled = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
+    weights = decoder.output_hypernetworks_mlps[0](tokens_RKC[:, 1])
+    return torch.einsum("rc,rchw->rhw", weights, upscaled)
+
+
+def average_under(embeddings_BCHW: Tensor, masks: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+    """The embedding averaged under each mask (R, C); under the whole box where a mask is empty.
+
+    Args:
+        masks: for each picture (N, S, S) in [0, 1], over the network's picture.
+        boxes: for each picture (N, 4), pixels of the network's picture.
+    """
+    grid = embeddings_BCHW.shape[-1]
+    features = []
+    for embedding_CHW, masks_NSS, boxes_N4 in zip(embeddings_BCHW, masks, boxes, strict=True):
+        if not len(masks_NSS):
+            features.append(embedding_CHW.new_zeros(0, len(embedding_CHW)))
+            continue
+        cells = F.adaptive_avg_pool2d(masks_NSS.to(embedding_CHW)[:, None], grid)[:, 0].flatten(1)
+        nothing = cells.sum(dim=1) == 0
+        if nothing.any():
+            cells[nothing] = _cells_of_boxes(boxes_N4[nothing] * grid / masks_NSS.shape[-1], grid).to(cells)
+        features.append(cells @ embedding_CHW.flatten(1).T / cells.sum(dim=1, keepdim=True))
+    return torch.cat(features)
+
+
+def _cells_of_boxes(boxes_N4: Tensor, grid: int) -> Tensor:
+    """(N, grid²): 1 where a box, in units of cells, touches a cell."""
+    start, end = torch.arange(grid, device=boxes_N4.device), torch.arange(1, grid + 1, device=boxes_N4.device)
+    x0, y0, x1, y1 = (side[:, None] for side in boxes_N4.clamp(0, grid - 1e-3).unbind(dim=1))
+    columns, rows = (start <= x1) & (end > x0), (start <= y1) & (end > y0)
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1).float()

@@ -1,0 +1,165 @@
+"""Visual refiner, second module: tags → boxes per tag, with a feature vector for each box (paper section 1).
+
+One interface for every detector: a class-agnostic YOLO whose boxes are compared with the tags (`fitted`), a detector
+file that the user names (`file`), and the ground truth (`annotations`), which shows what a perfect detector would give.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import ops
+
+from lyrics.config import DetectorPart
+from lyrics.data.records import Annotation
+from lyrics.foundation import detector, manifest
+
+Annotations = Sequence[Sequence[Annotation]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detections:
+    """Boxes of one picture, highest score first; N may be 0.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, pixels of the picture.
+        tag_index: (N,) int64, place of each box's tag among the tags asked for.
+        score: (N,) float32, in [0, 1].
+        features: (N, width) float32.
+    """
+
+    boxes_xyxy: np.ndarray
+    tag_index: np.ndarray
+    score: np.ndarray
+    features: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+class Detector(Protocol):
+    """`annotations` holds the ground truth of each picture; only the oracle reads it."""
+
+    width: int
+
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]: ...
+
+
+def load_detector(foundation: Path, config: DetectorPart, device: str | torch.device = "cpu") -> Detector:
+    """The detector that lies in `foundation / "detector"`; thresholds come from `config`.
+
+    Raises:
+        InputError: the part, or the CLIP that it is compared through, is missing.
+    """
+    part = foundation / "detector"
+    source = manifest.read(part)["source"]
+    if source == "annotations":
+        return AnnotationDetector(foundation / "clip")
+    if source == "file":
+        from lyrics.refiner.detector_file import FileDetector
+
+        return FileDetector(part, config, device)
+    return RegionDetector(detector.load(part, foundation / "clip", device), config)
+
+
+class RegionDetector:
+    """Class-agnostic boxes, each given the tag of the picture that its region resembles most.
+
+    A box's score is its objectness times the probability of its tag, against all other tags of the picture and all
+    those that the detector was fitted on: an object that no tag of the picture fits gets a low score.
+    """
+
+    def __init__(self, regions: detector.RegionDetector, config: DetectorPart) -> None:
+        self._regions, self._config = regions, config
+        self.width = regions.width
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]:
+        threshold = self._config.score_threshold
+        proposals = self._regions.propose(images, score_threshold=threshold, nms_iou=self._config.nms_iou)
+        found = []
+        for proposal, tags in zip(proposals, tags_per_image, strict=True):
+            if not tags or not len(proposal.objectness):
+                found.append(empty(self.width))
+                continue
+            candidates = list(dict.fromkeys([*tags, *self._regions.vocabulary]))
+            probability, index = self._regions.tag_probabilities(proposal, candidates)[:, : len(tags)].max(dim=1)
+            score = proposal.objectness * probability
+            order = torch.argsort(score, descending=True, stable=True)
+            order = order[score[order] > threshold]
+            found.append(
+                Detections(
+                    boxes_xyxy=proposal.boxes_xyxy[order].cpu().numpy(),
+                    tag_index=index[order].cpu().numpy(),
+                    score=score[order].cpu().numpy(),
+                    features=proposal.features[order].cpu().numpy(),
+                )
+            )
+        return found
+
+
+class AnnotationDetector:
+    """The oracle: boxes of the annotations whose category is among the tags; none where there are no annotations."""
+
+    def __init__(self, clip: Path) -> None:
+        from lyrics.model.vision import load_image_encoder
+
+        self._encoder = load_image_encoder(clip)
+        self.width = self._encoder.width
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]:
+        truth = annotations if annotations is not None else [()] * len(images)
+        kept = [
+            [(a.box_xyxy, list(tags).index(a.category)) for a in of_image if a.category in tags]
+            for of_image, tags in zip(truth, tags_per_image, strict=True)
+        ]
+        if not any(kept):
+            return [empty(self.width) for _ in images]
+        boxes = [torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4) for rows in kept]
+        map_BDHW = self._encoder.feature_map(self._encoder(self._encoder.preprocess(images))).float()
+        height, width = map_BDHW.shape[-2:]
+        # The encoder sees the whole picture as a square: boxes are scaled along each axis on its own.
+        scaled = [
+            b * torch.tensor([width / i.width, height / i.height] * 2) for b, i in zip(boxes, images, strict=True)
+        ]
+        pooled = ops.roi_align(map_BDHW, [b.to(map_BDHW) for b in scaled], 1, 1.0, sampling_ratio=2, aligned=True)
+        features = pooled.flatten(1).float().cpu().split([len(b) for b in boxes])
+        return [
+            Detections(
+                boxes_xyxy=box.numpy(),
+                tag_index=np.array([index for _, index in rows], np.int64),
+                score=np.ones(len(rows), np.float32),
+                features=feature.numpy(),
+            )
+            for box, rows, feature in zip(boxes, kept, features, strict=True)
+        ]
+
+
+def empty(width: int) -> Detections:
+    """No box at all."""
+    return Detections(
+        boxes_xyxy=np.zeros((0, 4), np.float32),
+        tag_index=np.zeros(0, np.int64),
+        score=np.zeros(0, np.float32),
+        features=np.zeros((0, width), np.float32),
+    )
