@@ -88,30 +88,33 @@ def decode(sam: Sam, embeddings_BCHW: Tensor, boxes: Sequence[Tensor]) -> Tensor
     return torch.einsum("rc,rchw->rhw", weights, upscaled)
 
 
-def average_under(embeddings_BCHW: Tensor, masks: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-    """The embedding averaged under each mask (R, C); under the whole box where a mask is empty.
+def average_under(maps_BCHW: Tensor, masks: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+    """A feature map averaged under each mask (R, C); under the whole box where a mask is empty.
 
     Args:
-        masks: for each picture (N, S, S) in [0, 1], over the network's picture.
-        boxes: for each picture (N, 4), pixels of the network's picture.
+        masks: for each picture (N, height, width), over all that its map covers.
+        boxes: for each picture (N, 4), in the pixels of the masks.
     """
-    grid = embeddings_BCHW.shape[-1]
     features = []
-    for embedding_CHW, masks_NSS, boxes_N4 in zip(embeddings_BCHW, masks, boxes, strict=True):
-        if not len(masks_NSS):
-            features.append(embedding_CHW.new_zeros(0, len(embedding_CHW)))
+    for map_CHW, masks_NST, boxes_N4 in zip(maps_BCHW, masks, boxes, strict=True):
+        if not len(masks_NST):
+            features.append(map_CHW.new_zeros(0, len(map_CHW)))
             continue
-        cells = F.adaptive_avg_pool2d(masks_NSS.to(embedding_CHW)[:, None], grid)[:, 0].flatten(1)
-        nothing = cells.sum(dim=1) == 0
-        if nothing.any():
-            cells[nothing] = _cells_of_boxes(boxes_N4[nothing] * grid / masks_NSS.shape[-1], grid).to(cells)
-        features.append(cells @ embedding_CHW.flatten(1).T / cells.sum(dim=1, keepdim=True))
+        grid = map_CHW.shape[1:]
+        cells = F.adaptive_avg_pool2d(masks_NST.to(map_CHW)[:, None], grid)[:, 0].flatten(1)
+        empty = cells.sum(dim=1) == 0
+        if empty.any():
+            height, width = masks_NST.shape[1:]
+            scale = torch.tensor([grid[1] / width, grid[0] / height] * 2, device=boxes_N4.device)
+            cells[empty] = _cells_of_boxes(boxes_N4[empty] * scale, grid[0], grid[1]).to(cells)
+        features.append(cells @ map_CHW.flatten(1).T / cells.sum(dim=1, keepdim=True))
     return torch.cat(features)
 
 
-def _cells_of_boxes(boxes_N4: Tensor, grid: int) -> Tensor:
-    """(N, grid²): 1 where a box, in units of cells, touches a cell."""
-    start, end = torch.arange(grid, device=boxes_N4.device), torch.arange(1, grid + 1, device=boxes_N4.device)
-    x0, y0, x1, y1 = (side[:, None] for side in boxes_N4.clamp(0, grid - 1e-3).unbind(dim=1))
-    columns, rows = (start <= x1) & (end > x0), (start <= y1) & (end > y0)
-    return (rows[:, :, None] & columns[:, None, :]).flatten(1).float()
+def _cells_of_boxes(boxes_N4: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, rows × columns): 1 where a box, in units of cells, touches a cell; at least one."""
+    x0, y0, x1, y1 = (side[:, None] for side in boxes_N4.clamp(min=0).unbind(dim=1))
+    x0, y0 = x0.clamp(max=columns - 1), y0.clamp(max=rows - 1)
+    x, y = torch.arange(columns, device=boxes_N4.device), torch.arange(rows, device=boxes_N4.device)
+    inside_x, inside_y = (x <= x1.maximum(x0)) & (x + 1 > x0), (y <= y1.maximum(y0)) & (y + 1 > y0)
+    return (inside_y[:, :, None] & inside_x[:, None, :]).flatten(1).float()
