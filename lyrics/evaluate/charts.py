@@ -87,8 +87,9 @@ def _bar(metric: str, system: str, value: float | None, top: float) -> dict[str,
 
 
 def _gain(metric: str, gain: float) -> str:
-    sign = "+" if gain >= 0 else "−"
-    return f"{sign}{abs(gain):.2f}" if metric == "cider" else f"{sign}{100 * abs(gain):.1f} points"
+    text = f"{abs(gain):.2f}" if metric == "cider" else f"{100 * abs(gain):.1f} points"
+    sign = "±" if not text.strip("0. points") else "+" if gain > 0 else "−"
+    return sign + text
 
 
 def kind_panels(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ def _refine(raw: Path, folder: Path, config: Config) -> None:
     split = read_split(raw)
     images, tokens = [], []
     for row, record in enumerate(split.images):
-        tags = tuple(item.category for item in record.annotations)
-        boxes = tuple(item.box_xyxy for item in record.annotations)
+        tags = tuple(item.category for item in record.annotations[:10])
+        boxes = tuple(item.box_xyxy for item in record.annotations[:10])
         size = np.array([record.width, record.height, record.width, record.height])
         text = format_objects(tags, [np.array(box) / size for box in boxes], config.refine.coordinate_format)
         images.append(
@@ -72,7 +72,7 @@ def _refine(raw: Path, folder: Path, config: Config) -> None:
                 tags=tags,
                 boxes_xyxy=boxes,
                 scores=tuple(0.9 for _ in tags),
-                masks=tuple(item.rle["counts"] for item in record.annotations if item.rle),
+                masks=tuple(item.rle["counts"] for item in record.annotations[:10] if item.rle),
                 spatial_text=text,
                 shard=0,
                 row=row,
