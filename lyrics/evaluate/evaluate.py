@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lyrics import io
+from lyrics import io, seeding
 from lyrics.config import Config
 from lyrics.data.prompts import instruction
 from lyrics.data.records import Sample
@@ -18,7 +19,7 @@ from lyrics.errors import InputError
 from lyrics.evaluate import baselines, captions, plots, report, tasks
 from lyrics.evaluate.metrics import interval
 from lyrics.model.inputs import SeenImage
-from lyrics.refiner.features import SAMPLES_FILE, RefinedSplit
+from lyrics.refiner.features import IMAGES_FILE, SAMPLES_FILE, RefinedSplit
 from lyrics.stage import Tracker
 
 RAW, REFINED, FOUNDATION, STAGE2 = (
@@ -66,7 +67,8 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
     reason = captions.meteor_absent(config.evaluate.meteor)
     absent |= {"spice": captions.SPICE_ABSENT} | ({"meteor": reason} if reason else {})
     meteor = None if reason else captions.MeteorProcess()
-    asker = _Asker(config, work / "answers", model)
+    data = _data_hashes(splits)
+    asker = _Asker(config, _answers_folder(work / "answers", config, splits, data), model)
 
     out = work / "out"
     scores: dict[str, dict[str, Any]] = {}
@@ -81,7 +83,7 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
         "tokenizer": captions.tokenizer_name(),
         "splits": scores,
         "absent": absent,
-        "data": _data_hashes(splits),
+        "data": data,
     }
     io.write_json(out / "evaluation.json", evaluation)
     plots.write(out / "plots", evaluation)
@@ -91,8 +93,22 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
 
 def run_full(config: Config, work: Path, tracker: Tracker, model: Answering | None = None) -> None:
     """As `run`, on every sample of every split (`make evaluate-full`); the result is no output of the pipeline."""
+    shutil.rmtree(work / "out", ignore_errors=True)
     everything = dataclasses.replace(config.evaluate, samples_per_split=None)
     run(dataclasses.replace(config, evaluate=everything), work, tracker, model)
+
+
+def _answers_folder(
+    answers: Path, config: Config, splits: Mapping[str, RefinedSplit], data: Mapping[str, Mapping[str, str]]
+) -> Path:
+    """Where answers of this model to these questions are kept; those of others are removed."""
+    tables = [split.folder / name for split in splits.values() for name in (SAMPLES_FILE, IMAGES_FILE)]
+    seen = [io.sha256_file(path) for path in tables] + [entry["sha256"] for entry in data.values()]
+    folder = answers / f"{seeding.stable_seed(*seen, config.evaluate, config.refine, config.seed):016x}"
+    for other in answers.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
 
 
 def _open_splits(names: Sequence[str]) -> tuple[dict[str, RefinedSplit], dict[str, str]]:

@@ -117,12 +117,25 @@ def test_outputs_are_byte_stable_and_an_interrupted_run_asks_only_what_is_missin
     evaluate.run(small, first, NullTracker(), FakeModel())
     model = FakeModel()
     shutil.copytree(first / "answers", second / "answers")
-    (second / "answers/test-vqa-model.json").unlink()
+    next((second / "answers").glob("*/test-vqa-model.json")).unlink()
     evaluate.run(small, second, NullTracker(), model)
     assert sum(len(questions) for questions, _ in model.calls) == 12
     files = sorted(p.relative_to(first / "out") for p in (first / "out").rglob("*") if p.is_file())
     assert len(files) == 7
     assert [(first / "out" / f).read_bytes() for f in files] == [(second / "out" / f).read_bytes() for f in files]
+
+
+def test_answers_of_another_model_are_not_reused(small, tmp_path, monkeypatch):
+    small = configured(small, splits=("test_ood",))
+    evaluate.run(small, tmp_path, NullTracker(), FakeModel())
+    retrained = tmp_path / "stage2"
+    retrained.mkdir()
+    (retrained / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(evaluate, "STAGE2", retrained)
+    model = FakeModel()
+    evaluate.run(small, tmp_path, NullTracker(), model)
+    assert len(model.calls) == 4 * 3
+    assert len(list((tmp_path / "answers").iterdir())) == 1
 
 
 def test_full_run_asks_everything(small, tmp_path):
