@@ -5,6 +5,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import filelock
 import psutil
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows import stages, summary
@@ -27,6 +29,7 @@ from lyrics.process import end_with_me
 from lyrics.stage import one_sentence
 
 LOCK = Path("build/flow.lock")
+RETRY_SECONDS = [float(seconds) for seconds in os.environ.get("LYRICS_RETRY_SECONDS", "10,60").split(",")]
 
 
 class _OneSentence(logging.Filter):
@@ -55,7 +58,13 @@ def _may_pass(_task: Any, _run: TaskRun, state: State) -> bool:
     return False
 
 
-@task(task_run_name="{name}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=_may_pass)
+@task(
+    task_run_name="{name}",
+    retries=2,
+    retry_delay_seconds=RETRY_SECONDS,
+    cache_policy=NO_CACHE,
+    retry_condition_fn=_may_pass,
+)
 def run_stage(name: str, stale: bool, timeout_seconds: float) -> Outcome:
     """Bring one stage up to date; `stale` is what DVC said of it (or of something upstream) when the run began."""
     log = get_run_logger()
@@ -67,7 +76,7 @@ def run_stage(name: str, stale: bool, timeout_seconds: float) -> Outcome:
     return outcome
 
 
-@task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=_may_pass)
+@task(retries=2, retry_delay_seconds=RETRY_SECONDS, cache_policy=NO_CACHE, retry_condition_fn=_may_pass)
 def register() -> str:
     """Register the finished model; the same content keeps its version."""
     from lyrics.track import registry
@@ -75,7 +84,7 @@ def register() -> str:
     return str(registry.register(config.load()))
 
 
-@task(retries=2, retry_delay_seconds=[10, 60])
+@task(retries=2, retry_delay_seconds=RETRY_SECONDS, cache_policy=NO_CACHE)
 def push() -> None:
     """Send data, models and the run cache to the DVC remote."""
     code = stages.stream(stages.dvc_command("push", "--run-cache"), get_run_logger().info, timeout_seconds=24 * 3600)

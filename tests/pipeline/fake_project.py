@@ -1,6 +1,7 @@
 """A small project with three fake stages, run by the real machinery in real processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
+FOLDER = "lyrics/world"
 DVC_YAML = """
 vars:
   - params/run.yaml:folder
@@ -66,8 +68,7 @@ with one_sentence():
     if name == "compose":
         from lyrics import compose
         with leaving_token("compose"):
-            overrides = compose.read_choices(compose.RUN)["overrides"]
-            compose.write({"seed": 0, "stage2": {"steps": overrides.get("steps", 1)}})
+            compose.write(compose.compose())
     else:
         run_stage(name, {"first": first, "second": second}[name])
 """
@@ -86,10 +87,10 @@ class Project:
             "PREFECT_HOME": str(root / ".prefect"),
             "HOME": str(root / "home"),
         }
-        (root / "source").mkdir(parents=True)
-        (root / "source" / "a").write_text("a")
-        (root / "params").mkdir()
-        (root / "params" / "run.yaml").write_text("preset: tiny\ndata: world\nfolder: source\noverrides: {}\n")
+        (root / FOLDER).mkdir(parents=True)
+        (root / FOLDER / "a").write_text("a")
+        shutil.copytree(ROOT / "params", root / "params")
+        self.choose()
         (root / "dvc.yaml").write_text(DVC_YAML)
         (root / "fake.py").write_text(FAKE)
         (root / ".gitignore").write_text(
@@ -100,9 +101,12 @@ class Project:
         (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
         (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
 
+    def choose(self, text: str = f"preset: tiny\ndata: world\nfolder: {FOLDER}\noverrides: {{}}\n") -> None:
+        (self.root / "params" / "run.yaml").write_text(text)
+
     def run(self, command: Sequence[str], check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         ran = subprocess.run(
-            command, cwd=self.root, env={**self.environment, **variables}, capture_output=True, text=True, timeout=120
+            command, cwd=self.root, env={**self.environment, **variables}, capture_output=True, text=True, timeout=240
         )
         assert not check or ran.returncode == 0, ran.stdout + ran.stderr
         return ran

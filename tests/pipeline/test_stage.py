@@ -6,7 +6,7 @@ import signal
 import sys
 
 import pytest
-from fake_project import Project, wait_for
+from fake_project import FOLDER, Project, wait_for
 
 from lyrics import stage
 from lyrics.errors import InputError, RetryableError
@@ -37,7 +37,7 @@ def test_other_inputs_start_afresh_and_clear_the_old_work(composed: Project) -> 
     wait_for(lambda: len(composed.log()) >= 4)
     first.kill()
     first.wait()
-    (composed.root / "source" / "a").write_text("another")
+    (composed.root / FOLDER / "a").write_text("another")
     (composed.root / "log").unlink()
     composed.run(composed.verb("first"))
     assert len(composed.log()) == 10

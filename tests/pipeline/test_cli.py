@@ -1,0 +1,83 @@
+"""The command line: quick, and clear about mistakes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lyrics import dag, doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+def lyrics(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lyrics", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, lyrics.cli; print(*sys.modules)"
+    modules = set(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split())
+    assert not modules & {"torch", "mlflow", "transformers", "hydra", "prefect", "pandas", "numpy", "dvc"}
+    fastest = 60.0
+    for _ in range(3):
+        started = time.perf_counter()
+        assert lyrics("--help").returncode == 0
+        fastest = min(fastest, time.perf_counter() - started)
+    assert fastest < 1.5  # half a second where the machine is not busy
+
+
+def test_every_stage_has_its_verb() -> None:
+    listed = lyrics("--help").stdout
+    for stage in dag.read(ROOT / "dvc.yaml").values():
+        assert stage.command.startswith("python -m lyrics ")
+        assert f" {stage.command.split()[3]} " in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("foundation", "ears"), "no part 'ears'; choices: tokenizer, llm"),
+        (("configure", "preset=huge"), "preset 'huge'"),
+        (("ask", "/no/such.png", "what?"), "/no/such.png"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], words: str) -> None:
+    ran = lyrics(*arguments)
+    assert ran.returncode == 2
+    assert words in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_doctor_names_each_lack_with_its_cure(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("no-such-package==1.0\n")
+    lacks = [
+        doctor.check_python((3, 9, 1)),
+        doctor.check_packages(lock),
+        doctor.check_disk(1.0, 5, "tiny"),
+        doctor.check_memory(1.0, 4, "tiny"),
+    ]
+    assert [lack.level for lack in lacks] == ["missing"] * 4
+    assert all(lack.cure for lack in lacks)
+    assert "no-such-package" in str(lacks[1])
+    assert doctor.check_java(None).level == "note"
+    assert doctor.check_java("/usr/bin/java").level == "ok"
+
+
+def test_doctor_sees_changed_weights(tmp_path: Path) -> None:
+    from lyrics import io
+
+    part = tmp_path / "clip"
+    io.write_text(part / "model.safetensors", "weights")
+    manifest = {"part": "clip", "sha256": {"model.safetensors": "0" * 64}}
+    io.write_json(part / "manifest.json", manifest)
+    (found,) = doctor.check_weights(tmp_path)
+    assert found.level == "missing" and "model.safetensors" in found.found
+
+
+def test_doctor_notices_threads_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert "OMP_NUM_THREADS=1 on 4 processors" in doctor.check_threads().found

@@ -1,0 +1,113 @@
+"""params/run.yaml to build/config.yaml: what is accepted, what is refused and in which words."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lyrics import compose, config
+from lyrics.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+RUN = Path("params/run.yaml")
+
+
+@pytest.fixture(autouse=True)
+def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "params"
+
+
+def choose(**changes: object) -> None:
+    RUN.write_text(yaml.safe_dump({**yaml.safe_load(RUN.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "laptop", "paper"])
+def test_every_preset_composes_and_is_read_back(preset: str) -> None:
+    choose(preset=preset)
+    compose.write(compose.compose())
+    assert config.load().preset == preset
+    assert Path("build/config.yaml").read_text().startswith("# generated; edit params/\n")
+
+
+def test_composing_twice_gives_the_same_bytes() -> None:
+    compose.write(compose.compose())
+    first = Path("build/config.yaml").read_bytes()
+    compose.write(compose.compose())
+    assert Path("build/config.yaml").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "huge"}, r"preset 'huge' in params/run.yaml is unknown; choices: laptop, paper, tiny"),
+        ({"data": "mars"}, r"data 'mars' .* choices: photos, world"),
+        ({"overrides": {"stage2.stepz": 3}}, r"override stage2.stepz .* unknown key; keys there: .*steps"),
+        ({"overrides": {"nothing.here": 3}}, r"override nothing.here .* unknown key; keys there: .*stage1"),
+        ({"overrides": {"stage2.optimizer": 3}}, r"stage2.optimizer .* is a group of keys, not a value: .*lr"),
+        ({"overrides": {"stage2.steps": "many"}}, r"stage2.steps: .*valid integer.*'many'"),
+        ({"overrides": {"stage1.objectives": "some"}}, r"stage1.objectives: .*'all' or 'alternate'"),
+        ({"overrides": {"mq_former.heads": 5}}, r"mq_former.hidden_size \(\d+\) must be a multiple of .*heads \(5\)"),
+        ({"overrides": {"stage1": "enormous"}}, r"stage1 'enormous' .* choices: laptop, paper, tiny"),
+        ({"overrides": 3}, r"overrides .* must map dotted keys to values; found 3"),
+        ({"folder": "/somewhere"}, r"data source world reads no folder, but folder is /somewhere"),
+        ({"data": "photos"}, r"reads your folder, but none is named; add folder=PATH"),
+        ({"data": "photos", "folder": "/no/such"}, r"folder /no/such is missing or not a folder"),
+        ({"presets": "tiny"}, r"must hold exactly the keys data, folder, overrides, preset; found .*presets"),
+    ],
+)
+def test_a_wrong_choice_is_refused_by_name(changes: dict, message: str) -> None:
+    choose(**changes)
+    with pytest.raises(InputError, match=message):
+        compose.compose()
+
+
+def test_overrides_may_be_dotted_nested_or_another_group() -> None:
+    choose(overrides={"stage2.steps": 5, "stage1": "laptop", "world": {"scenes": {"web": 9}}})
+    values = compose.compose()
+    laptop = yaml.safe_load((ROOT / "params/stage1/laptop.yaml").read_text())
+    assert values["stage2"]["steps"] == 5
+    assert values["world"]["scenes"]["web"] == 9
+    assert values["stage1"]["batch_size"] == laptop["batch_size"]
+
+
+def test_the_folder_of_the_user_becomes_the_data_folder(tmp_path: Path) -> None:
+    outside = tmp_path.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    compose.configure(["data=photos", f"folder={outside}"])
+    assert compose.compose()["data"]["folder"] == str(outside)
+    inside = tmp_path / "pictures"
+    inside.mkdir()
+    compose.configure(["folder=pictures"])
+    assert compose.compose()["data"]["folder"] == "pictures"
+    assert compose.configure(["data=world"])["folder"] == "lyrics/world"
+
+
+def test_configure_keeps_comments_and_changes_only_what_is_named() -> None:
+    before = RUN.read_text()
+    compose.configure(["stage2.optimizer.lr=2e-4", "stage1.log_every=7"])
+    assert compose.read_choices(RUN)["overrides"] == {"stage2.optimizer.lr": 2e-4, "stage1.log_every": 7}
+    assert [line for line in RUN.read_text().splitlines() if line.startswith("#")] == [
+        line for line in before.splitlines() if line.startswith("#")
+    ]
+    compose.configure(["~stage1.log_every"])
+    assert compose.read_choices(RUN)["overrides"] == {"stage2.optimizer.lr": 2e-4}
+    compose.configure(["~overrides"])
+    assert compose.read_choices(RUN)["overrides"] == {}
+
+
+@pytest.mark.parametrize("setting", ["preset=huge", "stage2.stepz=1", "nonsense", "~stage2.steps", "stage2.steps=[1"])
+def test_a_refused_setting_leaves_the_file_as_it_was(setting: str) -> None:
+    before = RUN.read_bytes()
+    with pytest.raises(InputError):
+        compose.configure([setting])
+    assert RUN.read_bytes() == before
+    assert list(RUN.parent.glob(".*")) == []
+
+
+def test_broken_yaml_is_one_sentence() -> None:
+    RUN.write_text("preset: [tiny\n")
+    with pytest.raises(InputError, match=r"params/run.yaml is not valid YAML: .*line 2"):
+        compose.compose()

@@ -1,0 +1,162 @@
+"""The Prefect flow on the fake project: what ran, what was reused, and that no ending leaves anything behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_project import Project, wait_for
+
+from flows.stages import Output
+
+FLOW = [sys.executable, "-m", "flows.end_to_end", "until=second"]
+
+
+def outcomes(output: str) -> list[str]:
+    """The results in the table that ends a run, in order."""
+    rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
+    return [f"{row[1].strip()} {row[2].strip()}" for row in rows]
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One Prefect server and one MLflow store for all: each costs seconds."""
+    folder = tmp_path_factory.mktemp("services")
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_UI_ENABLED": "0",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/api"
+
+    def answers() -> bool:
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers, seconds=240)
+        yield {"PREFECT_API_URL": url, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait()
+
+
+@pytest.fixture
+def served(project: Project, services: dict[str, str]) -> Project:
+    project.environment |= services
+    return project
+
+
+def test_a_run_says_what_ran_and_what_was_reused(served: Project) -> None:
+    assert outcomes(served.run(FLOW).stdout) == ["compose ran", "first ran", "second ran"]
+    again = served.run(FLOW).stdout
+    assert outcomes(again) == ["compose unchanged", "first unchanged", "second unchanged"]
+    assert "Reused    compose, first, second" in again
+    # A choice that only the second stage reads; then back, which the run cache knows.
+    changed = served.run([*FLOW, "stage2.steps=7"]).stdout
+    assert outcomes(changed) == ["compose ran", "first unchanged", "second ran"]
+    served.choose()
+    restored = "restored from the run cache"
+    assert outcomes(served.run(FLOW).stdout) == [f"compose {restored}", "first unchanged", f"second {restored}"]
+    assert served.run(served.dvc("status")).stdout.strip() == "Data and pipelines are up to date."
+
+
+def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -> None:
+    (served.root / "bad").touch()
+    ran = served.run(FLOW, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.rstrip().splitlines()[-1].endswith("second: found a bad input; expected a good one")
+    assert "Traceback" not in ran.stderr + ran.stdout
+    assert served.result("data/first/result"), "what was finished is lost"
+
+
+def test_only_failures_that_may_pass_are_tried_again(served: Project) -> None:
+    (served.root / "fail").write_text("1")
+    ran = served.run(FLOW, LYRICS_RETRY_SECONDS="0")
+    assert outcomes(ran.stdout) == ["compose ran", "first ran", "second ran"]
+    assert "the server does not answer" in ran.stderr
+    assert "Retry 1/2" in ran.stderr
+
+
+def test_a_killed_flow_leaves_nobody_behind_and_goes_on_when_run_again(project: Project) -> None:
+    """With Prefect's own temporary server, which a killed flow cannot stop."""
+    flow = project.start(FLOW, PAUSE="0.3")
+    wait_for(lambda: len(project.log()) >= 3, seconds=240)
+    assert any("uvicorn" in " ".join(process.cmdline()) for process in project.processes())
+    flow.kill()
+    flow.wait()
+    wait_for(lambda: not project.processes(), seconds=10)
+    assert not (project.root / "data/first").exists()
+    assert outcomes(project.run(FLOW).stdout) == ["compose unchanged", "first ran", "second ran"]
+    assert len(project.log()) <= 11, "it began anew"
+
+
+@pytest.mark.parametrize("victim", ["fake.py", "lyrics.process"])
+def test_a_killed_verb_or_dvc_is_told_and_goes_on_when_run_again(served: Project, victim: str) -> None:
+    flow = served.start(FLOW, PAUSE="0.3")
+    wait_for(lambda: len(served.log()) >= 3, seconds=240)
+    next(process for process in served.processes() if victim in process.cmdline()).kill()
+    output, _ = flow.communicate(timeout=60)
+    assert flow.returncode == 1
+    assert "first: its process was killed; what it had finished is kept: run the same command again" in output
+    assert outcomes(served.run(FLOW).stdout) == ["compose unchanged", "first ran", "second ran"]
+    assert len(served.log()) <= 11, "it began anew"
+
+
+def test_ctrl_c_stops_everything_without_a_traceback(served: Project) -> None:
+    flow = served.start(FLOW, PAUSE="0.3")
+    wait_for(lambda: len(served.log()) >= 2, seconds=240)
+    os.killpg(flow.pid, signal.SIGINT)  # as a terminal does
+    output, _ = flow.communicate(timeout=60)
+    assert flow.returncode == 130
+    assert "Traceback" not in output
+    assert not served.processes()
+    assert outcomes(served.run(FLOW).stdout)[1] == "first ran"
+
+
+def test_a_second_flow_beside_the_first_ends_in_one_sentence(served: Project) -> None:
+    flow = served.start(FLOW, PAUSE="2")
+    wait_for(served.log, seconds=240)
+    second = served.run(FLOW, check=False)
+    assert second.returncode == 2
+    assert second.stderr.rstrip().endswith("lyrics: another run works in this folder; wait for it to end, or stop it")
+    assert "Traceback" not in second.stderr
+    assert flow.poll() is None
+    os.killpg(flow.pid, signal.SIGKILL)
+    flow.wait()
+
+
+def test_a_stage_that_takes_too_long_is_stopped(served: Project) -> None:
+    code = "from flows.end_to_end import end_to_end; end_to_end(until='first', stage_timeout_hours=4 / 3600)"
+    ran = served.run([sys.executable, "-c", code], check=False, PAUSE="5")
+    assert ran.returncode != 0
+    assert "first: stopped after its time-out of 4 s" in ran.stderr
+    assert not served.processes()
+
+
+def test_progress_goes_to_the_terminal_and_lines_to_the_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with (tmp_path / "terminal").open("w") as terminal:
+        output = Output(lines.append, terminal)
+        for piece in ("one\ntw", "o\n", "\r10%", "\r5", "0%\r100%\n", "caf", "\u00e9"):
+            output.feed(piece.encode())
+        output.close()
+    assert lines == ["one", "two", "100%", "caf\u00e9"]
+    shown = (tmp_path / "terminal").read_text()
+    assert "10%" in shown
