@@ -84,6 +84,7 @@ class RegionDetector:
         """Features (R, width) and places in the text space (R, E) of boxes in network pixels."""
         return describe(self._head, maps, boxes, self._size_px)
 
+    @torch.inference_mode()
     def tag_probabilities(self, proposal: Proposals, tags: Sequence[str]) -> Tensor:
         """(N, T): how each box divides among the tags."""
         new = [tag for tag in tags if tag not in self._texts]
@@ -199,7 +200,7 @@ def _fit_yolo(
     shutil.rmtree(folder, ignore_errors=True)
     images = {split: folder / "images" / split for split in ("train", "val")}
     for split, records in {"train": fitted, "val": held_out}.items():
-        _write_layout(records, images[split], folder / "labels" / split)
+        write_layout(records, images[split], folder / "labels" / split)
     steps = part.epochs * -(-len(fitted) // part.batch_size)
     with tqdm(total=steps, desc="fit detector", unit="step", mininterval=1.0) as bar:
         model = yolo.train(
@@ -221,7 +222,7 @@ def _fit_yolo(
     return model
 
 
-def _write_layout(records: Sequence[ImageRecord], images: Path, labels: Path) -> None:
+def write_layout(records: Sequence[ImageRecord], images: Path, labels: Path) -> None:
     """Copies, since ultralytics mends in place what it thinks is a broken JPEG."""
     images.mkdir(parents=True)
     labels.mkdir(parents=True)

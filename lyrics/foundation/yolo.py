@@ -168,6 +168,16 @@ def train(
     return trainer.ema.ema.float().cpu().eval()
 
 
+def build_named(model_yaml: dict[str, Any], classes: int, world: bool) -> nn.Module:
+    """A YOLO, or a YOLO-World, of the user's; its weights are loaded into it afterwards."""
+    load_ultralytics()
+    from ultralytics.nn.tasks import DetectionModel, WorldModel
+
+    with kept_threads(), torch.random.fork_rng(devices=[]):
+        kind = WorldModel if world else DetectionModel
+        return kind(dict(model_yaml), ch=model_yaml.get("channels", 3), nc=classes, verbose=False)
+
+
 def load_file(path: Path, sha256: str | None) -> nn.Module:
     """A detector that the user names: an ultralytics .pt file (YOLO or YOLO-World).
 

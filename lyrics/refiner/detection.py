@@ -7,7 +7,7 @@ file that the user names (`file`), and the ground truth (`annotations`), which s
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from torchvision import ops
 
 from lyrics.config import DetectorPart
 from lyrics.data.records import Annotation
-from lyrics.foundation import detector, manifest
+from lyrics.foundation import detector, manifest, regions, yolo
+
+if TYPE_CHECKING:
+    from lyrics.foundation.detector_file import NamedDetector
 
 Annotations = Sequence[Sequence[Annotation]]
+_MAX_BOXES = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,9 @@ def load_detector(foundation: Path, config: DetectorPart, device: str | torch.de
     if source == "annotations":
         return AnnotationDetector(foundation / "clip")
     if source == "file":
-        from lyrics.refiner.detector_file import FileDetector
+        from lyrics.foundation.detector_file import NamedDetector
 
-        return FileDetector(part, config, device)
+        return FileDetector(NamedDetector(part, device), config)
     return RegionDetector(detector.load(part, foundation / "clip", device), config)
 
 
@@ -110,6 +114,48 @@ class RegionDetector:
                 )
             )
         return found
+
+
+class FileDetector:
+    """A detector of the user's: classes that carry the names of tags, or (YOLO-World) any tag."""
+
+    def __init__(self, model: "NamedDetector", config: DetectorPart) -> None:
+        self._model, self._config = model, config
+        self.width = model.width
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]:
+        everything = list(dict.fromkeys(tag for tags in tags_per_image for tag in tags))
+        if not everything:
+            return [empty(self.width) for _ in images]
+        place = {tag: i for i, tag in enumerate(everything)}
+        pixels, scales = regions.letterbox(images, self._model.size_px)
+        predictions, maps = self._model.predict(pixels, everything)
+        for prediction, tags in zip(predictions, tags_per_image, strict=True):
+            asked = torch.zeros(len(everything), dtype=torch.bool, device=prediction.device)
+            asked[[place[tag] for tag in tags]] = True
+            prediction[4:][~asked] = 0.0
+        found = yolo.nms(predictions, self._config.score_threshold, self._config.nms_iou, _MAX_BOXES)
+        features = regions.pool(maps, [one[:, :4] for one in found], self._model.size_px, 1).flatten(1)
+        detections = []
+        for one, feature, image, scale, tags in zip(
+            found, features.split([len(one) for one in found]), images, scales, tags_per_image, strict=True
+        ):
+            limit = torch.tensor([image.width, image.height] * 2, device=one.device)
+            detections.append(
+                Detections(
+                    boxes_xyxy=(one[:, :4] / scale).clamp(min=0).minimum(limit).cpu().numpy(),
+                    tag_index=np.array([list(tags).index(everything[int(i)]) for i in one[:, 5]], np.int64),
+                    score=one[:, 4].cpu().numpy(),
+                    features=feature.float().cpu().numpy(),
+                )
+            )
+        return detections
 
 
 class AnnotationDetector:
