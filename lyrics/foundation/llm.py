@@ -82,7 +82,7 @@ def save(out: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFas
     shutil.copyfile(template, out / "chat_template.jinja")
 
 
-def load_llm(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """The model in evaluation mode, and its tokenizer with bos, eos, pad (never eos) and its chat template."""
     import json
 
@@ -97,7 +97,7 @@ def load_llm(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
         clean_up_tokenization_spaces=False,
         **json.loads((folder / "special_tokens.json").read_text()),
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -276,8 +276,12 @@ def read_gguf(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    return model, with_own_pad(tokenizer)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    plain = type(read)(config).to(torch.bfloat16)  # what was read counts as quantised, and refuses to be saved
+    plain.load_state_dict(read.state_dict())
+    plain.tie_weights()
+    return plain, with_own_pad(tokenizer)
 
 
 def with_own_pad(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":

