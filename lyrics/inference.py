@@ -10,8 +10,10 @@ from PIL import Image
 
 from lyrics import io
 from lyrics.config import Foundation, Refine
+from lyrics.data.files import BadImageError
 from lyrics.data.records import Annotation
 from lyrics.data.webdataset import open_image
+from lyrics.drawing import draw_objects
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
 from lyrics.model.lyrics import LyricsModel
@@ -45,10 +47,12 @@ class Lyrics:
         """
         chosen = pick_device(device)
         settings = io.read_json(Path(stage2_folder) / "config.json")
-        refiner = load_refiner(Path(foundation), Refine(**settings["refine"]), Foundation(**settings["foundation"]))
+        refiner = load_refiner(
+            Path(foundation), Refine(**settings["refine"]), Foundation(**settings["foundation"]), chosen
+        )
         return cls(
             model=stage2.load(Path(stage2_folder), Path(foundation)).to(chosen),
-            encoder=load_image_encoder(Path(foundation) / "clip"),
+            encoder=load_image_encoder(Path(foundation) / "clip").to(chosen),
             refiner=refiner,
             label=label,
         )
@@ -63,7 +67,7 @@ class Lyrics:
     ) -> list[SeenImage]:
         """Run the frozen parts. `annotations` feed the oracle refiner; the others ignore them."""
         truth = [tuple(a) for a in annotations] if annotations is not None else [() for _ in images]
-        tokens_BPD = self.encoder(self.encoder.preprocess(list(images))).float().numpy()
+        tokens_BPD = self.encoder(self.encoder.preprocess(list(images)).to(self.model.device)).float().cpu().numpy()
         found = self.refiner.refine(list(images), truth)
         return [_seen(image, tokens, objects) for image, tokens, objects in zip(images, tokens_BPD, found, strict=True)]
 
@@ -124,8 +128,12 @@ def ask(image: Path, question: str, boxes: Path | None = None) -> Said:
     """
     if not question.strip():
         raise InputError('The question is empty; ask something, e.g. "What color is the umbrella?"')
-    picture = open_image(str(image))
+    try:
+        picture = open_image(str(image))
+    except BadImageError as error:
+        raise InputError(f"{image} cannot be used: {error}; give a JPEG, PNG or WebP picture") from None
     model = load()
     if boxes is not None:
-        draw_objects(picture, model.refine(picture)).save(boxes, format="PNG")
+        found = model.refine(picture)
+        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, found.masks).save(boxes, format="PNG")
     return Said(model.answer(picture, question), model.label)

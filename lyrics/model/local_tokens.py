@@ -54,13 +54,22 @@ class LocalTokens(nn.Module):
         self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in source_widths.items()})
         self.project = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in source_widths.items()})
         self.source = nn.ParameterDict({name: nn.Parameter(torch.zeros(hidden_size)) for name in source_widths})
+        self.tag_norm = nn.LayerNorm(hidden_size)
         self.tag = nn.Linear(hidden_size, hidden_size)
-        self.box = nn.Sequential(nn.Linear(BOX_FEATURES, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.box = nn.Sequential(
+            nn.Linear(BOX_FEATURES, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.LayerNorm(hidden_size),
+        )
         self.rank = nn.Embedding(max_objects, hidden_size)
         self.hidden_tag = nn.Parameter(torch.zeros(hidden_size))
         self.hidden_box = nn.Parameter(torch.zeros(hidden_size))
         self.nothing = nn.Parameter(torch.zeros(hidden_size))
         self.out_norm = nn.LayerNorm(hidden_size)
+        # Features, tag, box and rank start at about the same size: none drowns the others.
+        for embedding in (*self.source.values(), self.rank.weight, self.hidden_tag, self.hidden_box, self.nothing):
+            nn.init.normal_(embedding, std=0.5)
         self._words = [word_embeddings]  # shared with the text side, owned there: a list keeps it unregistered here
 
     def forward(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
@@ -79,7 +88,7 @@ class LocalTokens(nn.Module):
         words_BNK = local.tag_ids_BNK
         valid_BNK1 = (words_BNK != self.pad_token_id).unsqueeze(-1)
         embedded_BNKD = self._words[0](words_BNK) * valid_BNK1
-        tag_BND = self.tag(embedded_BNKD.sum(2) / valid_BNK1.sum(2).clamp(min=1))
+        tag_BND = self.tag(self.tag_norm(embedded_BNKD.sum(2) / valid_BNK1.sum(2).clamp(min=1)))
         size_BN2 = local.boxes_BN4[..., 2:] - local.boxes_BN4[..., :2]
         box_BND = self.box(torch.cat([local.boxes_BN4, size_BN2], dim=-1).to(tag_BND.dtype))
         if local.hidden_tag_BN is not None:

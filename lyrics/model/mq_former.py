@@ -258,8 +258,15 @@ class MQFormer(nn.Module):
         self.text_projection = nn.Linear(width, config.projection_size)
         self.matching_head = nn.Linear(width, 2)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.apply(_initialise)
-        for parameter in (self.visual_queries, self.grounding_queries, self.local_tokens.nothing):
+        for module in (
+            self.word_embeddings,
+            self.position_embeddings,
+            *self.layers,
+            self.text_head,
+            self.matching_head,
+        ):
+            module.apply(_initialise)
+        for parameter in (self.visual_queries, self.grounding_queries):
             nn.init.normal_(parameter, std=0.02)
 
     def look(self, image_tokens_BPD: Tensor, local: LocalFeatures) -> Memory:
@@ -335,7 +342,9 @@ class MQFormer(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
+    """BERT's 0.02 for embeddings; Xavier for linear layers, about BERT's at width 768 and larger where narrower."""
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -35,7 +35,9 @@ def build(config: Config) -> LyricsModel:
     torch.manual_seed(config.seed)
     model = LyricsModel(
         mq_former,
-        Projection(mq_former.config.hidden_size, llm.config.hidden_size),
+        Projection(
+            mq_former.config.hidden_size, llm.config.hidden_size, float(llm.get_input_embeddings().weight.float().std())
+        ),
         add_lora(llm, **dataclasses.asdict(config.stage2.lora)),
         text_tokenizer=TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer")),
         template=PromptTemplate(tokenizer),
