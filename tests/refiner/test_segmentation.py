@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from quarter_encoder import quarter_encoder
+
+from lyrics.data.records import Annotation
+from lyrics.foundation import manifest
+from lyrics.refiner import segmentation
+
+PICTURE = Image.new("RGB", (40, 20))
+NO_BOXES = np.zeros((0, 4), np.float32)
+
+
+def part(tmp_path, source):
+    folder = tmp_path / "segmenter"
+    folder.mkdir()
+    manifest.write(folder, "segmenter", manifest.Made(source=source, name="any", parameters=0))
+    return folder
+
+
+@pytest.fixture
+def oracle(monkeypatch, tmp_path):
+    monkeypatch.setattr("lyrics.model.vision.load_image_encoder", quarter_encoder)
+    part(tmp_path, "annotations")
+    return segmentation.load_segmenter(tmp_path, None)
+
+
+def test_the_oracle_finds_the_mask_that_a_box_belongs_to(oracle):
+    """Boxes come in another order, and a little off."""
+    shapes = np.zeros((2, 20, 40), np.uint8)
+    shapes[0, 2:10, 3:12], shapes[1, 5:18, 20:35] = 1, 1
+    truth = []
+    for shape, box in zip(shapes, [(3.0, 2.0, 12.0, 10.0), (20.0, 5.0, 35.0, 18.0)], strict=True):
+        rle = coco_mask.encode(np.asfortranarray(shape))
+        rle["counts"] = rle["counts"].decode()
+        truth.append(Annotation(category="thing", box_xyxy=box, rle=rle))
+    boxes = np.array([[21, 5, 35, 18], [3, 2, 12, 11]], np.float32)
+    first, second = oracle.segment([PICTURE, PICTURE], [boxes, NO_BOXES], [truth, truth])
+    assert np.array_equal(first.masks, shapes[::-1].astype(bool))
+    assert first.features.shape == (2, oracle.width)
+    assert (second.masks.shape, second.features.shape) == ((0, 20, 40), (0, oracle.width))
+
+
+def test_the_oracle_fills_a_box_that_has_no_mask(oracle):
+    boxes = np.array([[2.0, 3.0, 10.0, 8.0]], np.float32)
+    for truth in ([()], [(Annotation(category="thing", box_xyxy=(2.0, 3.0, 10.0, 8.0)),)], None):
+        (found,) = oracle.segment([PICTURE], [boxes], truth)
+        expected = np.zeros((20, 40), bool)
+        expected[3:8, 2:10] = True
+        assert np.array_equal(found.masks[0], expected)
+
+
+def test_published_weights_segment_boxes_of_any_picture(tmp_path):
+    """Random weights in the layout of the published ones."""
+    from transformers import (
+        SamConfig,
+        SamImageProcessor,
+        SamMaskDecoderConfig,
+        SamModel,
+        SamPromptEncoderConfig,
+        SamVisionConfig,
+    )
+
+    folder = tmp_path / "segmenter"
+    folder.mkdir()
+    torch.manual_seed(0)
+    vision = SamVisionConfig(
+        hidden_size=32,
+        output_channels=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        window_size=0,
+        num_pos_feats=8,
+        global_attn_indexes=[0],
+        mlp_dim=32,
+    )
+    prompts = SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=8, image_embedding_size=8)
+    decoder = SamMaskDecoderConfig(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16)
+    SamModel(
+        SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    ).save_pretrained(folder)
+    SamImageProcessor(
+        size={"longest_edge": 64},
+        pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16},
+    ).save_pretrained(folder)
+    manifest.write(folder, "segmenter", manifest.Made(source="hub", name="random", parameters=0))
+    loaded = segmentation.load_segmenter(tmp_path, None)
+    boxes = np.array([[1, 1, 9, 9], [5, 5, 30, 18]], np.float32)
+    found = loaded.segment([PICTURE, Image.new("RGB", (20, 30), "red"), PICTURE], [boxes, boxes[:1], NO_BOXES])
+    assert [one.masks.shape for one in found] == [(2, 20, 40), (1, 30, 20), (0, 20, 40)]
+    assert [one.features.shape for one in found] == [(2, 16), (1, 16), (0, 16)]
+    assert np.isfinite(found[0].features).all()
+    assert [one.masks.shape for one in loaded.segment([PICTURE], [NO_BOXES])] == [(0, 20, 40)]
