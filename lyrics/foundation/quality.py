@@ -93,7 +93,8 @@ def box_average_precision(
 ) -> tuple[float, float]:
     """COCO's AP (IoU 0.50:0.95) and AP50 of class-agnostic boxes (N, 4) xyxy with scores (N,)."""
     images = [{"id": i, "width": r.width, "height": r.height} for i, r in enumerate(records, start=1)]
-    annotations, results = [], []
+    annotations: list[dict] = []
+    results: list[dict] = []
     for i, (record, (boxes, scores)) in enumerate(zip(records, found, strict=True), start=1):
         for a in record.annotations:
             x, y, w, h = _xywh(a.box_xyxy)

@@ -4,7 +4,8 @@ Shapes: B images, R boxes of a batch, C channels, S cells along a side of a pool
 space. Boxes are xyxy in pixels of the picture as the network sees it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +45,13 @@ def pool(maps: Sequence[Tensor], boxes: Sequence[Tensor], size_px: int, cells: i
 class MapReader:
     """Runs a detector and keeps what the named layers put out."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int]) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         self.model, self._layers = model, tuple(layers)
         self._seen: dict[int, Tensor] = {}
         for layer in self._layers:
             model.model[layer].register_forward_hook(self._keep(layer))
 
-    def _keep(self, layer: int):
+    def _keep(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             self._seen[layer] = output
 

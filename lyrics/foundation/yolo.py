@@ -126,7 +126,7 @@ def train(
             return None
 
     with kept_threads() as threads:
-        trainer = Trainer(
+        trainer: Any = Trainer(
             overrides={
                 "model": "object.yaml",
                 "data": "object.yaml",
@@ -168,7 +168,7 @@ def train(
     return trainer.ema.ema.float().cpu().eval()
 
 
-def build_named(model_yaml: dict[str, Any], classes: int, world: bool) -> nn.Module:
+def build_named(model_yaml: dict[str, Any], classes: int, world: bool) -> Any:
     """A YOLO, or a YOLO-World, of the user's; its weights are loaded into it afterwards."""
     load_ultralytics()
     from ultralytics.nn.tasks import DetectionModel, WorldModel
@@ -178,7 +178,7 @@ def build_named(model_yaml: dict[str, Any], classes: int, world: bool) -> nn.Mod
         return kind(dict(model_yaml), ch=model_yaml.get("channels", 3), nc=classes, verbose=False)
 
 
-def load_file(path: Path, sha256: str | None) -> nn.Module:
+def load_file(path: Path, sha256: str | None) -> Any:
     """A detector that the user names: an ultralytics .pt file (YOLO or YOLO-World).
 
     Such a file is a pickle and can run code, so it is opened only if the configuration lists its sha256.

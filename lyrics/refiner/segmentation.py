@@ -90,8 +90,8 @@ class HubSegmenter:
         from transformers import SamImageProcessor, SamModel
 
         self._processor: Any = SamImageProcessor.from_pretrained(part, local_files_only=True)
-        model = SamModel.from_pretrained(part, local_files_only=True, dtype=torch.float32)
-        self._model: Any = model.to(device).eval()
+        model: Any = SamModel.from_pretrained(part, local_files_only=True, dtype=torch.float32)
+        self._model = model.to(device).eval()
         self._device = torch.device(device)
         self.width: int = model.config.vision_config.output_channels
 
