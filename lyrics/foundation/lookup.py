@@ -34,11 +34,9 @@ def start_with_lookup(model: "LlamaForCausalLM") -> None:
         attention = layer.self_attn
         for head in range(heads):
             rows = slice(head * width // heads, (head + 1) * width // heads)
+            _project(attention, rows, back=number > 0)
             if number == 0:
                 _look_back(attention, rows, head + 1, frequencies)
-            _copy(attention, rows)
-            if number == 0:
-                attention.v_proj.weight[rows] -= attention.v_proj.weight[rows].mean(1, keepdim=True)
 
 
 def _look_back(attention: nn.Module, rows: slice, offset: int, frequencies: torch.Tensor) -> None:
@@ -52,9 +50,12 @@ def _look_back(attention: nn.Module, rows: slice, offset: int, frequencies: torc
     attention.k_proj.weight[rows] = _SHARPNESS * torch.outer(key_d, shared_D)
 
 
-def _copy(attention: nn.Module, rows: slice) -> None:
-    """Value and output are a projection and its transpose."""
-    values_dD = attention.v_proj.weight[rows]
+def _project(attention: nn.Module, rows: slice, back: bool) -> None:
+    """Value and output as a projection and its transpose (`back`: what is attended to is copied), or two unlike ones.
+
+    What stood before must not look like what stands here, so the first layer writes it elsewhere.
+    """
+    values_dD, outputs_Dd = attention.v_proj.weight[rows], attention.o_proj.weight[:, rows]
     projection = nn.init.orthogonal_(torch.empty_like(values_dD))
-    attention.v_proj.weight[rows] = projection
-    attention.o_proj.weight[:, rows] = projection.T
+    attention.v_proj.weight[rows] = projection - projection.mean(1, keepdim=True)  # blind to what all tokens share
+    attention.o_proj.weight[:, rows] = projection.T if back else nn.init.orthogonal_(torch.empty_like(outputs_Dd))
