@@ -13,6 +13,8 @@ from lyrics.world.scenes import Scene, SceneObject
 from lyrics.world.vocabulary import COLORS
 
 _GRID_MAX = 99
+_LOOK_UP_SHARE = 0.5
+_LOOK_UPS = 6
 
 
 def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
@@ -22,6 +24,8 @@ def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[
 
 def _document(scene: Scene, generator: np.random.Generator) -> str:
     spatial = spatial_text(scene, generator)
+    if generator.random() < _LOOK_UP_SHARE and (many := _look_ups(scene, spatial, generator)):
+        return many
     form = generator.random()
     if form < 0.08:
         return language.captions(scene, generator, 1)[0]
@@ -37,6 +41,28 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
     if question.kind in ("colour", "kind") or set(COLORS) & set(question.text.split()) or generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
     return _prompt(spatial, question.text, question.answer)
+
+
+def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
+    """Several questions about one scene, each answered by what stands in the document; empty if nothing is unique.
+
+    A small model learns to look up from many look-ups, and a document with one question holds few.
+    """
+    asked = []
+    for item in scene.objects:
+        if len(scene.find(kind=item.kind)) == 1:
+            box = grid_box(item, scene.image_size_px)
+            asked += [
+                (f"Where is the {item.kind}?", box),
+                (f"Where is the {item.color} {item.kind}?", box),
+                (f"What color is the {item.kind}?", item.color),
+            ]
+        if len(scene.find(color=item.color)) == 1:
+            asked.append((f"What is the {item.color} object?", item.kind))
+    chosen = [asked[index] for index in generator.permutation(len(asked))[:_LOOK_UPS]]
+    if not chosen:
+        return ""
+    return f"{spatial} {_everything(scene, generator)}" + "".join(f" question: {q} answer: {a}" for q, a in chosen)
 
 
 def _referring(scene: Scene, spatial: str, generator: np.random.Generator) -> str:

@@ -120,20 +120,21 @@ def test_every_annotated_split_reads_without_rejections(raw, world):
 def test_corpus_has_the_shape_of_the_prompt_and_its_answers_stand_in_the_text(raw, world):
     lines = (raw / "foundation" / "corpus.txt").read_text().splitlines()
     assert len(lines) == world.corpus_documents
-    prompt = re.compile(r"((?:\w+ \d+ \d+ \d+ \d+; )+)(?:([A-Z][^.]*\.) )?question: (.+[.?]) answer: (.+)")
+    prompt = re.compile(r"((?:\w+ \d+ \d+ \d+ \d+; )+)(?:([A-Z][^.]*\.) )?(question: .+[.?] answer: .+)")
     spoken = Counter()
     for line in lines:
         match = prompt.fullmatch(line)
         if match is None:
             assert ";" not in line
             continue
-        spatial, caption, question, answer = match.groups()
-        if question.startswith("Where is"):
-            assert f" {answer};" in spatial
-        if question.startswith("What color"):
-            kind = re.fullmatch(r"What color is the (\w+)\?", question)[1]
-            assert f"{answer} {kind}" in caption
-        spoken[question.split()[0]] += 1
+        spatial, caption, turns = match.groups()
+        for question, answer in re.findall(r"question: (.+?[.?]) answer: (.+?)(?= question:|$)", turns):
+            if question.startswith("Where is"):
+                assert f" {answer};" in spatial
+            if question.startswith("What color"):
+                kind = re.fullmatch(r"What color is the (\w+)\?", question)[1]
+                assert f"{answer} {kind}" in caption
+            spoken[question.split()[0]] += 1
     assert min(spoken[word] for word in ("Describe", "Where", "What", "How", "Is")) > 5
     assert max(int(n) for n in re.findall(r"\d+", " ".join(lines))) <= 99
 
