@@ -8,7 +8,7 @@ from pathlib import Path
 for _name, _value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_HOME": str(Path(".prefect").absolute()),
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
     "PREFECT_LOGGING_LEVEL": "INFO",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

@@ -184,6 +184,10 @@ def main(arguments: list[str]) -> None:
     except StageError as failure:
         print(f"lyrics: {failure}", file=sys.stderr)
         raise SystemExit(failure.code) from None
+    except RuntimeError as error:
+        if "ephemeral Prefect API server" not in str(error):
+            raise
+        raise RetryableError("Prefect's temporary server did not start in time on this busy machine") from error
 
 
 if __name__ == "__main__":

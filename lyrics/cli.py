@@ -159,9 +159,9 @@ def promote(
     reason: Annotated[str, typer.Option(help="Kept in the audit trail.")] = "",
 ) -> None:
     """Make a version the champion if it passes the gates of params/promote."""
-    from lyrics.track import registry
+    from lyrics.track import promotion
 
-    print(registry.rollback(reason) if rollback else registry.promote(version, reason=reason))
+    print(promotion.rollback(reason) if rollback else promotion.promote(version, reason=reason))
 
 
 @app.command(rich_help_panel=USE)
