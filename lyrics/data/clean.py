@@ -156,9 +156,9 @@ def mark_duplicates(verdicts: Iterable[Verdict], max_bits: int) -> None:
 def _load_encoder(config: "Config") -> Encoder | None:
     if config.clean.max_better_captions is None:
         return None
-    from lyrics.foundation import clip
+    from lyrics.foundation import clip, training
 
-    return clip.load_clip(CLIP) if clip.has_text_tower(CLIP) else None
+    return clip.load_clip(CLIP, str(training.pick_device(config.device))) if clip.has_text_tower(CLIP) else None
 
 
 def _undropped(tar: Path, verdicts: Sequence[Verdict]) -> Iterator[WebPair]:
