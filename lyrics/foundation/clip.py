@@ -7,11 +7,11 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lyrics.config import ClipPart, Config
@@ -161,7 +161,7 @@ def load_clip(folder: Path, device: str = "cpu") -> Clip:
         raise InputError(f"The image encoder in {folder} has no text tower, so texts cannot be compared with pictures")
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     tokenizer = _text_tokenizer(folder, model.config.text_config.pad_token_id)
     return Clip(model.requires_grad_(False), tokenizer, Preprocessing.load(folder), device)
 
@@ -176,7 +176,8 @@ def _text_tokenizer(folder: Path, pad_id: int) -> "PreTrainedTokenizerFast":
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.clip, work / "out"
-    licence, quality = OWN_LICENCE, {}
+    licence = OWN_LICENCE
+    quality: dict[str, float] = {}
     if part.source == "fitted":
         parameters, quality = _fitted(config, out, tracker)
     elif part.source == "wheel":
@@ -207,7 +208,7 @@ def _fitted(config: Config, out: Path, tracker: Tracker) -> tuple[int, dict[str,
     return training.parameter_count(model), quality
 
 
-def _save(out: Path, model: nn.Module, tokenizer_file: Path, preprocessing: Preprocessing) -> None:
+def _save(out: Path, model: "CLIPModel", tokenizer_file: Path, preprocessing: Preprocessing) -> None:
     model.save_pretrained(out, max_shard_size="10GB")
     shutil.copyfile(tokenizer_file, out / _TOKENIZER)
     write_json(out / PREPROCESSING, preprocessing.as_dict())
@@ -233,6 +234,6 @@ def _from_hub(part: ClipPart, out: Path) -> tuple[int, str]:
     from transformers import CLIPModel
 
     fetched = hub.fetch(part.name, part.revision)
-    model = CLIPModel.from_pretrained(fetched.folder, local_files_only=True, use_safetensors=True)
+    model: Any = CLIPModel.from_pretrained(fetched.folder, local_files_only=True, use_safetensors=True)
     _save(out, model, fetched.file(_TOKENIZER), Preprocessing(model.config.vision_config.image_size, **_CLIP_NORM))
     return training.parameter_count(model), fetched.licence

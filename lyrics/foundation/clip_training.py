@@ -9,7 +9,7 @@ Shapes: B pictures, R boxes of the batch, P patches, U different texts, E shared
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,24 +33,7 @@ _MAX_SCALE = 100.0
 _ZOOM, _SHIFT = 0.1, 0.08  # augmentation: at most, as fractions of the side
 _SHORT = 3  # words
 _NOT_ADJECTIVES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "and",
-        "with",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "some",
-        "many",
-        "other",
-        "its",
-        "their",
-    ]
+    {"a", "an", "the", "of", "and", "with", "one", "two", "three", "four", "five", "some", "many"}
 )
 
 
@@ -99,7 +82,8 @@ def fit_clip(
     scenes = [scene_of(image) for image in records]
     pixels = preprocessing.to_uint8([open_image(image.path) for image in records])
     with training.deterministic(seed, "clip"):
-        model = _new_model(part, tokenizer).to(device)
+        model: Any = _new_model(part, tokenizer)
+        model.to(device)
         most_tokens = model.config.text_config.max_position_embeddings
         steps_per_epoch = max(1, len(records) // part.batch_size)
         steps = part.epochs * steps_per_epoch
@@ -216,7 +200,7 @@ def contrast(logits_BB: Tensor, captions: Sequence[str]) -> Tensor:
 
 
 def quality_of(clip: Clip, held_out: Sequence[ImageRecord]) -> dict[str, float]:
-    """Retrieval among the held-out pictures, names of their true boxes, and how far apart right and wrong captions lie."""
+    """Retrieval among the held-out pictures, names of true boxes, and how far right and wrong captions lie apart."""
     images = [open_image(record.path) for record in held_out]
     image_BE = clip.encode_images(images)
     text_BE = clip.encode_texts([record.captions[0] for record in held_out])

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub: a pinned commit, safetensors only, and one clear sentence where they are missing."""
+"""Weights from the Hugging Face hub: a pinned commit, safetensors only, one clear sentence where they are missing."""
 
 import re
 from pathlib import Path

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ class Document:
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.llm, work / "out"
-    licence, quality = OWN_LICENCE, {}
+    licence = OWN_LICENCE
+    quality: dict[str, float] = {}
     if part.source == "fitted":
         device = training.pick_device(config.device)
         tokenizer = add_text_ends(FOUNDATION / "tokenizer")
@@ -191,7 +192,7 @@ def fit_llama(
     documents = [read_document(line, tokenizer) for line in lines]
     documents, held_out = training.hold_out(documents, _HELD_OUT_DOCUMENTS)
     with training.deterministic(seed, "llm"):
-        model = LlamaForCausalLM(
+        model: Any = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=part.hidden_size,
@@ -275,10 +276,10 @@ def read_gguf(path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """Weights and tokenizer of a GGUF file; what is quantised there becomes bf16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    read: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    plain = type(read)(config).to(torch.bfloat16)  # what was read counts as quantised, and refuses to be saved
+    plain: Any = type(read)(config).to(torch.bfloat16)  # what was read counts as quantised, and refuses to be saved
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()
     return plain, with_own_pad(tokenizer)
@@ -290,9 +291,7 @@ def with_own_pad(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFa
         candidates = [t for t in ("<|endoftext|>", "<pad>", "[PAD]", "<unk>") if t in tokenizer.get_vocab()]
         candidates = [t for t in candidates if t not in (tokenizer.eos_token, tokenizer.bos_token)]
         if not candidates:
-            raise InputError(
-                "The language model's tokenizer has no token that could serve as padding apart from its end"
-            )
+            raise InputError("The language model's tokenizer has no token but its end that could serve as padding")
         tokenizer.pad_token = candidates[0]
     return tokenizer
 
@@ -301,7 +300,7 @@ def _from_hub(part: LlmPart) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     fetched = hub.fetch(part.name, part.revision)
-    tokenizer = AutoTokenizer.from_pretrained(fetched.folder, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(fetched.folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
         fetched.folder, local_files_only=True, use_safetensors=True, dtype=torch.bfloat16
     )

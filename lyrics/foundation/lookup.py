@@ -10,7 +10,7 @@ Shapes: D width, d width of a head.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,11 +27,11 @@ _SLOWEST = 0.05  # radians a token: slower rotary frequencies hardly tell neighb
 def start_with_lookup(model: "LlamaForCausalLM") -> None:
     """Overwrite embeddings and attention; draws from torch's generator."""
     width, heads = model.config.hidden_size, model.config.num_attention_heads
-    embeddings = model.get_input_embeddings().weight
+    embeddings: Any = model.get_input_embeddings().weight
     nn.init.normal_(embeddings, mean=_EMBEDDING_STD, std=_EMBEDDING_STD)  # the mean is a direction all tokens share
     frequencies = model.model.rotary_emb.inv_freq
     for number, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
+        attention: Any = layer.self_attn
         for head in range(heads):
             rows = slice(head * width // heads, (head + 1) * width // heads)
             _project(attention, rows, back=number > 0)
@@ -39,9 +39,9 @@ def start_with_lookup(model: "LlamaForCausalLM") -> None:
                 _look_back(attention, rows, head + 1, frequencies)
 
 
-def _look_back(attention: nn.Module, rows: slice, offset: int, frequencies: torch.Tensor) -> None:
+def _look_back(attention: Any, rows: slice, offset: int, frequencies: torch.Tensor) -> None:
     """Query and key read only what all tokens share; the rotation between them peaks at `offset` tokens back."""
-    width = attention.q_proj.weight.shape[1]
+    width = int(attention.q_proj.weight.shape[1])
     shared_D = torch.full((width,), 1 / math.sqrt(width))
     used = (frequencies > _SLOWEST).float()
     query_d = torch.cat([used * torch.cos(offset * frequencies), -used * torch.sin(offset * frequencies)])
@@ -50,7 +50,7 @@ def _look_back(attention: nn.Module, rows: slice, offset: int, frequencies: torc
     attention.k_proj.weight[rows] = _SHARPNESS * torch.outer(key_d, shared_D)
 
 
-def _project(attention: nn.Module, rows: slice, back: bool) -> None:
+def _project(attention: Any, rows: slice, back: bool) -> None:
     """Value and output as a projection and its transpose (`back`: what is attended to is copied), or two unlike ones.
 
     What stood before must not look like what stands here, so the first layer writes it elsewhere.

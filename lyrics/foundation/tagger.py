@@ -65,7 +65,7 @@ def fit(config: Config, work: Path, tracker: Tracker) -> Made:
 
 
 def read_vocabulary(part: TaggerPart, raw: Path) -> list[str]:
-    """The lines of the part's vocabulary file, else the categories of the foundation split, else of all splits in `raw`.
+    """The lines of the part's vocabulary file; without one the categories of the foundation split, else of all splits.
 
     Raises:
         InputError: the file is missing or there is no category at all.

@@ -140,7 +140,7 @@ def unpack(archive: Path, members: dict[str, str], folder: Path) -> None:
                     source = opened.open(member)
                 except KeyError:
                     raise InputError(f"{archive} has no member {member}") from None
-                with source, open(temporary / name, "wb") as target:
+                with source, (temporary / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         publish(temporary, folder)
     finally:

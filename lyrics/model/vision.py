@@ -1,7 +1,7 @@
 """The frozen image encoder (paper section 1): patches of a picture as tokens.
 
 A CLIP tower gives its penultimate layer, class token first; an EfficientNet its last feature map, row by row.
-Pictures are resized to a square, without cropping, so that a box in fractions of the picture is the same box in the grid.
+Pictures are resized to a square, not cropped: a box in fractions of the picture is the same box in the grid.
 
 Shapes: B batch, P tokens, D width, H × W pixels, h × w grid.
 """
@@ -9,6 +9,7 @@ Shapes: B batch, P tokens, D width, H × W pixels, h × w grid.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class ImageEncoder(nn.Module):
 class _Penultimate(nn.Module):
     """CLIP's tower without its last layer, which nothing reads."""
 
-    def __init__(self, vision_model: nn.Module) -> None:
+    def __init__(self, vision_model: Any) -> None:
         super().__init__()
         vision_model.encoder.layers = vision_model.encoder.layers[:-1]
         vision_model.post_layernorm = nn.Identity()
@@ -106,9 +107,9 @@ class _Penultimate(nn.Module):
 class _FlatMap(nn.Module):
     """The last feature map of a timm network, flattened."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         return self.network.forward_features(pixels_B3HW).flatten(2).transpose(1, 2)
@@ -122,7 +123,7 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
     config = json.loads((folder / "config.json").read_text())
     preprocessing = Preprocessing.load(folder)
     if "timm" in config:
-        network = timm_network(config["timm"])
+        network: Any = timm_network(config["timm"])
         from safetensors.torch import load_file
 
         network.load_state_dict(load_file(folder / "model.safetensors"))
@@ -132,7 +133,7 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
         )
     from transformers import CLIPVisionModel
 
-    vision = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    vision: Any = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     side = vision.config.image_size // vision.config.patch_size
     width = vision.config.hidden_size
     return ImageEncoder(_Penultimate(vision), preprocessing, width=width, grid=(side, side), prefix_tokens=1)

@@ -1,7 +1,7 @@
 """Visual refiner, first module: picture → tags (paper section 1).
 
-One interface for every tagger: a head on the CLIP tower (`fitted`), the CLIP compared with a vocabulary (`hub`), and the
-ground truth (`annotations`).
+One interface for every tagger: a head on the CLIP tower (`fitted`), the CLIP compared with a vocabulary (`hub`), and
+the ground truth (`annotations`).
 """
 
 from collections.abc import Sequence
