@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch  # before ultralytics, which sets OMP_NUM_THREADS=1 for whatever is imported after it
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import ops
 
@@ -46,7 +47,7 @@ def _config_dir() -> Path:
 
 def load_ultralytics() -> ModuleType:
     """Import ultralytics with its network, logging and settings side effects off."""
-    omp_threads, save = os.environ.get("OMP_NUM_THREADS"), torch.save
+    omp_threads, save, image_open = os.environ.get("OMP_NUM_THREADS"), torch.save, Image.open
     os.environ.update(
         YOLO_AUTOINSTALL="false", YOLO_OFFLINE="1", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=str(_config_dir())
     )
@@ -55,7 +56,8 @@ def load_ultralytics() -> ModuleType:
         from ultralytics.utils import USER_CONFIG_DIR
     if omp_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
-    torch.save = save  # it puts its own in place
+    # It puts its own in place: the latter fails for want of a HEIF reader wherever a picture is broken.
+    torch.save, Image.open = save, image_open
     if any(ultralytics.settings[key] != value for key, value in _OFF.items()):
         ultralytics.settings.update(_OFF)
     font = Path(USER_CONFIG_DIR) / "Arial.ttf"

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image, UnidentifiedImageError
 from small_scenes import SIDE, write_scenes
 
 from lyrics.data.annotated import read_split
@@ -133,3 +135,9 @@ def test_building_leaves_the_random_state_alone():
     assert torch.rand(1) == expected
     second = yolo.build(DESCRIPTION, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_broken_pictures_stay_broken_pictures_after_ultralytics_was_imported():
+    yolo.load_ultralytics()
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(b"no picture"))
