@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lyrics import io
 from lyrics.data import clean_report, files, filters
+from lyrics.data.formats import ABSENT
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 
@@ -72,7 +73,7 @@ class Verdict:
 
 def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     shards = sorted(WEB.glob("*.tar"))
-    if not shards:
+    if not shards and not (WEB / ABSENT).exists():
         raise InputError(f"{WEB} holds no .tar with pairs; make them with: python -m lyrics ingest")
     encoder = _load_encoder(config)
     started = time.perf_counter()
@@ -82,7 +83,7 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         report["score"] = clean_report.score(ledger, clean_report.read_truth(TRUTH))
     out = work / "out"
     out.mkdir(exist_ok=True)
-    for tar in sorted((work / "kept").iterdir()):
+    for tar in sorted((work / "kept").glob("*")):
         io.link_or_copy(tar, out / tar.name)
     _write(out / "ledger.parquet", ledger, _LEDGER_SCHEMA)
     io.write_json(out / "report.json", report)

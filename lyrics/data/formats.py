@@ -7,6 +7,8 @@ from typing import Any
 
 from lyrics.io import write_text
 
+ABSENT = "absent.txt"  # in a folder that the pipeline names, where the source has no such split
+
 
 def write_document(path: Path, value: Any) -> None:
     """A large JSON document on one line, as the public data sets have it (indented, it takes far longer to write)."""

@@ -1,7 +1,8 @@
 """Ingest (pipeline stage): the embedded world, or folders in COCO format, written as raw data in public formats.
 
 web/00000.tar …   pairs as img2dataset writes them
-SPLIT/            images/, captions.json, instances.json and, where the source has them, VQA, RefCOCO, POPE, LLaVA
+SPLIT/            images/, captions.json, instances.json and, where the source has them, VQA, RefCOCO, POPE, LLaVA;
+                  absent.txt alone where the pipeline reads a split that the source does not have
 summary.json      counts;  rejected.parquet: what was set aside, and why;  web_truth.parquet: for scoring only
 """
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from lyrics import seeding
 from lyrics.data import folders, pope, vqa
-from lyrics.data.formats import write_coco, write_document, write_json_lines
+from lyrics.data.formats import ABSENT, write_coco, write_document, write_json_lines
 from lyrics.data.records import Rejected
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.io import write_json, write_text
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from lyrics.stage import Tracker
 
 EVALUATED = ("val", "test", "test_ood")
+# What dvc.yaml names inside data/raw: these folders are there even where a source has no such split.
+NAMED = {
+    "foundation": "Nothing is fitted on this source: the frozen parts come from elsewhere.",
+    "web": "This source has no web pairs: there is nothing to clean.",
+}
 
 
 def run(config: "Config", work: Path, tracker: "Tracker") -> None:
@@ -42,6 +48,9 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     else:
         counts, rejected = folders.ingest(config, building)
     write_rejected(building / "rejected.parquet", rejected)
+    for split, meaning in NAMED.items():
+        if split not in counts:
+            write_text(building / split / ABSENT, f"{meaning}\n")
     reasons = collections.Counter(record.reason.partition(":")[0] for record in rejected)
     write_json(building / "summary.json", {"source": config.data.source, "splits": counts, "rejected": dict(reasons)})
     tracker.log_metrics(

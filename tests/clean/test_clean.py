@@ -148,6 +148,14 @@ def test_an_empty_folder_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "work", monkeypatch, None)
 
 
+def test_a_source_without_web_pairs_leaves_an_empty_ledger(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    io.write_text(Path("data/raw/web/absent.txt"), "none\n")
+    out = run(tmp_path / "work", monkeypatch, None)
+    assert pq.read_table(out / "ledger.parquet").num_rows == 0
+    assert io.read_json(out / "report.json")["kept"] == 0
+
+
 def test_a_shard_in_which_nothing_is_good_leaves_an_empty_shard(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tar(Path("data/raw/web/00000.tar"), [pair("a", None, "A star."), pair("b", jpeg(1), None)])

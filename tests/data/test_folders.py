@@ -206,6 +206,13 @@ def test_max_images_takes_the_first_usable_ones(tmp_path, make_split, ingest_fol
     assert sorted(p.name for p in (raw / "instruct" / "images").iterdir()) == ["b.jpg", "c.jpg"]
 
 
+def test_folders_that_the_pipeline_names_are_there_without_such_a_split(tmp_path, make_split, ingest_folder):
+    make_split(tmp_path / "in" / "train")
+    raw = ingest_folder(tmp_path / "in", {"instruct": "train"})
+    assert [path.name for path in (raw / "foundation").iterdir()] == ["absent.txt"]
+    assert "nothing to clean" in (raw / "web" / "absent.txt").read_text()
+
+
 def test_real_photographs(shared, ingest_folder):
     raw = ingest_folder(shared("photos"), {"web": "train", "instruct": "train", "test": "val"}, max_images=8)
     assert rejected(raw) == {}
