@@ -66,6 +66,14 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
             computed += refine_split(source, frozen, work / "splits" / source.name, progress)
     seconds = time.perf_counter() - started
     out = work / "out"
+    counts, agreement = {}, {}
+    for source in sources:
+        shards = math.ceil(len(source.images) / config.refine.images_per_shard)
+        refined = _publish(source, work / "splits" / source.name, shards, out)
+        counts[source.name] = _counts(refined, len(source.samples))
+        if any(image.annotations for image in source.images):
+            truth = (image.annotations for image in source.images)
+            agreement[source.name] = quality.measure(zip(refined, truth, strict=True))
     summary = {
         "coordinate_format": config.refine.coordinate_format,
         "max_objects": config.refine.max_objects,
@@ -73,22 +81,9 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         "image_width": frozen.encoder.width,
         "detector_width": frozen.refiner.detector.width,
         "segmenter_width": frozen.refiner.segmenter.width,
-        "splits": {
-            source.name: _publish(
-                source,
-                work / "splits" / source.name,
-                math.ceil(len(source.images) / config.refine.images_per_shard),
-                out,
-            )
-            for source in sources
-        },
-        "quality": {},
+        "splits": counts,
+        "quality": agreement,
     }
-    for source in sources:
-        if any(image.annotations for image in source.images):
-            refined = features.read_images(out / source.name / features.IMAGES_FILE)
-            truth = (image.annotations for image in source.images)
-            summary["quality"][source.name] = quality.measure(zip(refined, truth, strict=True))
     io.write_json(out / "summary.json", summary)
     tracker.log_metrics(_metrics(summary))
     if computed:
@@ -193,7 +188,7 @@ def _decode(batch: Sequence[ImageRecord]) -> list[Image.Image]:
     return images
 
 
-def _publish(source: Source, folder: Path, shards: int, out: Path) -> dict[str, float]:
+def _publish(source: Source, folder: Path, shards: int, out: Path) -> list[RefinedImage]:
     """Put a finished split together in `out`; the shards stay in the work folder until the stage has ended."""
     images: list[RefinedImage] = []
     destination = out / source.name
@@ -209,10 +204,14 @@ def _publish(source: Source, folder: Path, shards: int, out: Path) -> dict[str, 
         )
     features.write_images(destination / features.IMAGES_FILE, images)
     features.write_samples(destination / features.SAMPLES_FILE, source.samples)
+    return images
+
+
+def _counts(images: Sequence[RefinedImage], samples: int) -> dict[str, float]:
     objects = sum(len(image.tags) for image in images)
     return {
         "images": len(images),
-        "samples": len(source.samples),
+        "samples": samples,
         "objects": objects,
         "objects_per_image": round(objects / max(len(images), 1), 4),
         "images_without_objects": sum(not image.tags for image in images),

@@ -1,5 +1,7 @@
 import io
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +42,16 @@ def test_ordinary_captions_stay(caption):
     assert filters.boilerplate(caption) is None
     assert filters.length(caption, 2, 60) is None
     assert filters.language(caption, 0.02) is None
+
+
+@pytest.mark.photos
+def test_captions_of_photographs_stay():
+    file = Path(__file__).parents[2].parent / "shared/photos/train/captions.json"
+    if not file.exists():
+        pytest.skip(f"{file} is absent: real files for testing are not part of the project")
+    captions = [record["caption"] for record in json.loads(file.read_bytes())["annotations"]]
+    dropped = [c for c in captions if filters.boilerplate(c) or filters.length(c, 2, 60) or filters.language(c, 0.02)]
+    assert len(captions) > 500 and dropped == []
 
 
 @pytest.mark.parametrize(
