@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+_MARGIN = 0.1  # of a side: a predicted box is never exact
+_OUTSIDE = -10.0  # logit of what lies further out: an object ends where its box does
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamSize:
@@ -21,9 +24,73 @@ class SamSize:
     layers: int
     heads: int
     embedding: int
+    detail: int
     decoder_layers: int
     decoder_heads: int
     decoder_mlp: int
+
+
+class BoxSam(nn.Module):
+    """A `Sam` made for learning fast: it is told where a box is, and sees fine detail.
+
+    A box is its two corners, as in Sam, and drawn as Sam's mask prompt; outside it no mask is looked for. A path past
+    the encoder, as SAM 2 has one, brings detail to where the decoder's upscaling ends: a patch of 8 px blurs what is
+    2 px wide.
+    """
+
+    def __init__(self, size: SamSize) -> None:
+        super().__init__()
+        self.sam = build(size)
+        self.detail = nn.Sequential(
+            nn.Conv2d(3, size.detail, 3, stride=size.patch_size_px // 4, padding=1),
+            nn.GELU(),
+            nn.Conv2d(size.detail, size.embedding // 8, 3, padding=1),
+        )
+
+    def encode(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Image embeddings (B, C, H, W) and details (B, C / 8, 4H, 4W) of pictures in [0, 1]."""
+        normalised = (pixels_B3SS * 255 - self.sam.pixel_mean) / self.sam.pixel_std
+        return self.sam.image_encoder(normalised), self.detail(normalised)
+
+    def decode(self, embeddings_BCHW: Tensor, details_BKhw: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Mask logits (R, 4H, 4W) of every box (pixels of the network's picture) of every picture, in order.
+
+        `MaskDecoder` itself takes one picture at a time and refuses no boxes; this is its computation with each box
+        beside its own picture.
+        """
+        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
+        counts = torch.tensor([len(one) for one in boxes], device=embeddings_BCHW.device)
+        if not int(counts.sum()):
+            return embeddings_BCHW.new_zeros(0, *details_BKhw.shape[2:])
+        side = details_BKhw.shape[-1]
+        scale = side / prompts.input_image_size[0]
+        drawn_Rhw = draw(torch.cat(list(boxes)) * scale, side)
+        sparse_RNC, dense_RCHW = prompts(points=None, boxes=torch.cat(list(boxes)), masks=drawn_Rhw[:, None])
+        tokens_TC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens_RTC = torch.cat([tokens_TC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
+        source_RCHW = torch.repeat_interleave(embeddings_BCHW, counts, dim=0) + dense_RCHW
+        position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
+        tokens_RTC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RTC)
+        upscaled_RKhw = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
+        upscaled_RKhw = upscaled_RKhw + torch.repeat_interleave(details_BKhw, counts, dim=0)
+        weights_RK = decoder.output_hypernetworks_mlps[0](tokens_RTC[:, 1])
+        logits_Rhw = torch.einsum("rk,rkhw->rhw", weights_RK, upscaled_RKhw)
+        near_Rhw = draw(widen(torch.cat(list(boxes)), _MARGIN) * scale, side) > 0
+        return logits_Rhw.masked_fill(~near_Rhw, _OUTSIDE)
+
+
+def widen(boxes_R4: Tensor, share: float) -> Tensor:
+    """Boxes with every side moved outwards by a share of the box's width or height."""
+    margin_R2 = (boxes_R4[:, 2:] - boxes_R4[:, :2]) * share
+    return torch.cat([boxes_R4[:, :2] - margin_R2, boxes_R4[:, 2:] + margin_R2], dim=1)
+
+
+def draw(boxes_R4: Tensor, side: int) -> Tensor:
+    """Boxes, in units of cells, as masks (R, side, side): 1 where a box touches a cell."""
+    x0, y0, x1, y1 = (edge[:, None] for edge in boxes_R4.unbind(dim=1))
+    cells = torch.arange(side, device=boxes_R4.device)
+    across, down = (cells < x1) & (cells + 1 > x0), (cells < y1) & (cells + 1 > y0)
+    return (down[:, :, None] & across[:, None, :]).to(boxes_R4.dtype)
 
 
 def build(size: SamSize) -> Sam:
@@ -59,33 +126,6 @@ def build(size: SamSize) -> Sam:
             iou_head_hidden_dim=size.embedding,
         ),
     )
-
-
-def encode(sam: Sam, pixels_B3SS: Tensor) -> Tensor:
-    """Image embeddings (B, C, H, W) of pictures in [0, 1]."""
-    return sam.image_encoder((pixels_B3SS * 255 - sam.pixel_mean) / sam.pixel_std)
-
-
-def decode(sam: Sam, embeddings_BCHW: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-    """Mask logits (R, 4H, 4W) of every box (pixels of the network's picture) of every picture, in order.
-
-    `MaskDecoder` itself takes one picture at a time and refuses no boxes; this is its computation with each box beside
-    its own picture.
-    """
-    decoder, prompts = sam.mask_decoder, sam.prompt_encoder
-    counts = torch.tensor([len(one) for one in boxes], device=embeddings_BCHW.device)
-    if not int(counts.sum()):
-        side = 4 * embeddings_BCHW.shape[-1]
-        return embeddings_BCHW.new_zeros(0, side, side)
-    sparse_RNC, dense_RCHW = prompts(points=None, boxes=torch.cat(list(boxes)), masks=None)
-    tokens_KC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens_RKC = torch.cat([tokens_KC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
-    source_RCHW = torch.repeat_interleave(embeddings_BCHW, counts, dim=0) + dense_RCHW
-    position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
-    tokens_RKC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RKC)
-    upscaled = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
-    weights = decoder.output_hypernetworks_mlps[0](tokens_RKC[:, 1])
-    return torch.einsum("rc,rchw->rhw", weights, upscaled)
 
 
 def average_under(maps_BCHW: Tensor, masks: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:

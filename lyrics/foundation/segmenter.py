@@ -33,15 +33,16 @@ _JITTER = 0.05  # of a box's side: predicted boxes are never exact
 
 
 def small(image_size_px: int) -> sam.SamSize:
-    """The `sam-small` that is fitted here: 0.5M parameters, a grid of 16 × 16 at 128 px."""
+    """The `sam-small` that is fitted here: a grid of 16 × 16 and masks of 64 × 64 at 128 px."""
     return sam.SamSize(
         image_size_px=image_size_px,
         patch_size_px=8,
-        width=96,
-        layers=3,
+        width=64,
+        layers=2,
         heads=4,
         embedding=64,
-        decoder_layers=2,
+        detail=16,
+        decoder_layers=1,
         decoder_heads=4,
         decoder_mlp=128,
     )
@@ -50,9 +51,9 @@ def small(image_size_px: int) -> sam.SamSize:
 class BoxSegmenter:
     """A small Sam with its pictures and boxes in batches."""
 
-    def __init__(self, model: sam.Sam, size_px: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, model: sam.BoxSam, size_px: int, device: str | torch.device = "cpu") -> None:
         self._model, self._size_px, self._device = model.to(device).eval(), size_px, torch.device(device)
-        self.width: int = model.prompt_encoder.embed_dim
+        self.width: int = model.sam.prompt_encoder.embed_dim
 
     @torch.inference_mode()
     def masks(
@@ -65,8 +66,8 @@ class BoxSegmenter:
             for box, scale in zip(boxes_per_image, scales, strict=True)
         ]
         counts = [len(one) for one in boxes]
-        embeddings = sam.encode(self._model, pixels.to(self._device))
-        logits = upscale(sam.decode(self._model, embeddings, boxes), self._size_px).split(counts)
+        embeddings, details = self._model.encode(pixels.to(self._device))
+        logits = upscale(self._model.decode(embeddings, details, boxes), self._size_px).split(counts)
         features = sam.average_under(embeddings, [one > 0 for one in logits], boxes)
         masks = [_at_size(one, image, scale) for one, image, scale in zip(logits, images, scales, strict=True)]
         return masks, [one.float().cpu().numpy() for one in features.split(counts)]
@@ -90,7 +91,7 @@ def _at_size(logits_NSS: Tensor, image: Image.Image, scale: float) -> np.ndarray
 def load(part: Path, device: str | torch.device = "cpu") -> BoxSegmenter:
     settings = read_json(part / SETTINGS)
     size = sam.SamSize(**settings["size"])
-    model = sam.build(size)
+    model = sam.BoxSam(size)
     model.load_state_dict(load_file(part / WEIGHTS))
     return BoxSegmenter(model, size.image_size_px, device)
 
@@ -118,7 +119,7 @@ def _fit(config: Config, work: Path, tracker: Tracker) -> Made:
     size = small(part.image_size_px)
     data = _Data(fitted, part.image_size_px)
     with training.deterministic(config.seed, "segmenter"):
-        model = sam.build(size).to(device)
+        model = sam.BoxSam(size).to(device)
         order = torch.cat([torch.randperm(len(fitted)) for _ in range(part.epochs)])
         chunks = order.split(part.batch_size)
         generator = seeding.rng(config.seed, "foundation", "segmenter", "jitter")
@@ -126,7 +127,7 @@ def _fit(config: Config, work: Path, tracker: Tracker) -> Made:
         def losses_at(step: int) -> dict[str, Tensor]:
             pixels, boxes, masks = data.batch(chunks[step].tolist(), generator)
             boxes = [box.to(device) for box in boxes]
-            logits = sam.decode(model, sam.encode(model, pixels.to(device)), boxes)
+            logits = model.decode(*model.encode(pixels.to(device)), boxes)
             return mask_losses(upscale(logits.float(), part.image_size_px), masks.to(device))
 
         training.train(

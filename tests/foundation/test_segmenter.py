@@ -40,7 +40,7 @@ def project(tmp_path_factory):
 
 def small_sam():
     torch.manual_seed(0)
-    model = sam.build(segmenter.small(SIDE)).eval()
+    model = sam.BoxSam(segmenter.small(SIDE)).eval()
     return model.requires_grad_(False)
 
 
@@ -48,35 +48,52 @@ BOXES = [torch.tensor([[4.0, 4, 30, 30], [20, 10, 60, 50]]), torch.zeros(0, 4), 
 
 
 def test_batched_decoding_equals_the_decoder_of_segment_anything():
+    """Inside the boxes, without details, with each box drawn as its mask prompt."""
     model = small_sam()
-    embeddings = sam.encode(model, torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
-    together = sam.decode(model, embeddings, BOXES)
+    embeddings, details = model.encode(torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
+    together = model.decode(embeddings, torch.zeros_like(details), BOXES)
     one_by_one = []
     for embedding, boxes in zip(embeddings, BOXES, strict=True):
         if len(boxes):
-            sparse, dense = model.prompt_encoder(points=None, boxes=boxes, masks=None)
-            masks, _ = model.mask_decoder(
+            drawn = sam.draw(boxes / 2, SIDE // 2)
+            sparse, dense = model.sam.prompt_encoder(points=None, boxes=boxes, masks=drawn[:, None])
+            masks, _ = model.sam.mask_decoder(
                 image_embeddings=embedding[None],
-                image_pe=model.prompt_encoder.get_dense_pe(),
+                image_pe=model.sam.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
                 multimask_output=False,
             )
             one_by_one.append(masks[:, 0])
-    torch.testing.assert_close(together, torch.cat(one_by_one))
+    near = sam.draw(sam.widen(torch.cat(BOXES), 0.1) / 2, SIDE // 2) > 0
+    torch.testing.assert_close(together[near], torch.cat(one_by_one)[near])
+    assert (together[~near] < 0).all()
+
+
+def test_details_reach_the_masks():
+    model = small_sam()
+    embeddings, details = model.encode(torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
+    assert not torch.equal(model.decode(embeddings, details, BOXES), model.decode(embeddings, details * 2, BOXES))
+
+
+def test_drawing_and_widening_boxes():
+    boxes = torch.tensor([[1.0, 0.0, 3.0, 2.5]])
+    expected = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+    assert torch.equal(sam.draw(boxes, 4)[0], expected.float())
+    assert sam.widen(torch.tensor([[10.0, 20, 30, 60]]), 0.1).tolist() == [[8, 16, 32, 64]]
 
 
 def test_encoding_equals_the_preprocessing_of_segment_anything():
     model = small_sam()
     pixels = torch.rand(3, SIDE, SIDE)
-    expected = model.image_encoder(model.preprocess(pixels * 255)[None])
-    torch.testing.assert_close(sam.encode(model, pixels[None]), expected)
+    expected = model.sam.image_encoder(model.sam.preprocess(pixels * 255)[None])
+    torch.testing.assert_close(model.encode(pixels[None])[0], expected)
 
 
 def test_no_box_at_all_gives_no_mask():
     model = small_sam()
-    embeddings = torch.zeros(2, 64, 8, 8)
-    assert sam.decode(model, embeddings, [torch.zeros(0, 4)] * 2).shape == (0, 32, 32)
+    encoded = model.encode(torch.zeros(2, 3, SIDE, SIDE))
+    assert model.decode(*encoded, [torch.zeros(0, 4)] * 2).shape == (0, 32, 32)
     masks, features = segmenter.BoxSegmenter(model, SIDE).masks([Image.new("RGB", (80, 40))], [np.zeros((0, 4))])
     assert masks[0].shape == (0, 40, 80)
     assert features[0].shape == (0, 64)
