@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from lyrics.foundation import efficientnet, hub, training, wheels
 from lyrics.foundation.fit import FOUNDATION, SPLIT
 from lyrics.foundation.manifest import OWN_LICENCE, Made
 from lyrics.io import write_json
+from lyrics.model import pretrained
 from lyrics.model.vision import PREPROCESSING, Preprocessing, timm_network
 from lyrics.stage import Tracker
 
@@ -161,7 +162,7 @@ def load_clip(folder: Path, device: str = "cpu") -> Clip:
         raise InputError(f"The image encoder in {folder} has no text tower, so texts cannot be compared with pictures")
     from transformers import CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model = pretrained.read(CLIPModel, folder, dtype=torch.float32)
     tokenizer = _text_tokenizer(folder, model.config.text_config.pad_token_id)
     return Clip(model.requires_grad_(False), tokenizer, Preprocessing.load(folder), device)
 
@@ -209,7 +210,7 @@ def _fitted(config: Config, out: Path, tracker: Tracker) -> tuple[int, dict[str,
 
 
 def _save(out: Path, model: "CLIPModel", tokenizer_file: Path, preprocessing: Preprocessing) -> None:
-    model.save_pretrained(out, max_shard_size="10GB")
+    pretrained.write(model, out)
     shutil.copyfile(tokenizer_file, out / _TOKENIZER)
     write_json(out / PREPROCESSING, preprocessing.as_dict())
 
@@ -234,6 +235,6 @@ def _from_hub(part: ClipPart, out: Path) -> tuple[int, str]:
     from transformers import CLIPModel
 
     fetched = hub.fetch(part.name, part.revision)
-    model: Any = CLIPModel.from_pretrained(fetched.folder, local_files_only=True, use_safetensors=True)
+    model = pretrained.read(CLIPModel, fetched.folder, use_safetensors=True)
     _save(out, model, fetched.file(_TOKENIZER), Preprocessing(model.config.vision_config.image_size, **_CLIP_NORM))
     return training.parameter_count(model), fetched.licence

@@ -18,6 +18,7 @@ from lyrics.foundation import hub, lookup, training, wheels
 from lyrics.foundation.fit import FOUNDATION, SPLIT
 from lyrics.foundation.manifest import OWN_LICENCE, Made
 from lyrics.io import dump_json, write_text
+from lyrics.model import pretrained
 from lyrics.seeding import rng
 from lyrics.stage import Tracker
 
@@ -75,7 +76,7 @@ def fit(config: Config, work: Path, tracker: Tracker) -> Made:
 
 def save(out: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", template: Path) -> None:
     """model.safetensors, config.json, tokenizer.json, special_tokens.json, chat_template.jinja."""
-    model.save_pretrained(out, max_shard_size="5GB")
+    pretrained.write(model, out)
     (out / "generation_config.json").unlink(missing_ok=True)  # decoding is the caller's choice
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -98,7 +99,7 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrai
         clean_up_tokenization_spaces=False,
         **json.loads((folder / "special_tokens.json").read_text()),
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    model = pretrained.read(AutoModelForCausalLM, folder, dtype=dtype)
     return model.eval(), tokenizer
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lyrics.errors import InputError
+from lyrics.model import pretrained
 
 PREPROCESSING = "preprocessing.json"
 
@@ -133,7 +134,7 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
         )
     from transformers import CLIPVisionModel
 
-    vision: Any = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    vision = pretrained.read(CLIPVisionModel, folder, dtype=torch.float32)
     side = vision.config.image_size // vision.config.patch_size
     width = vision.config.hidden_size
     return ImageEncoder(_Penultimate(vision), preprocessing, width=width, grid=(side, side), prefix_tokens=1)
