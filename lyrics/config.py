@@ -165,7 +165,8 @@ class Clean:
     """Filters of web pairs; each names the reason it drops for.
 
     `duplicate_hamming_bits`: of 256 bits of perceptual hash. `min_english_probability` is low because three words tell
-    little. `max_better_captions`: share of other captions that may fit the picture better than its own (None: unchecked).
+    little. `max_better_captions`: share of other captions that may fit the picture better than its own (None: not
+    checked).
     """
 
     min_side_px: int
@@ -242,6 +243,7 @@ class Stage2:
     spatial_text: Literal["llm", "mq_former"]
     caption_share: Fraction | None
     without_spatial: Fraction
+    loss_average: Literal["tokens", "samples"]
     lora: Lora
     checkpoint_every: int
     log_every: int
@@ -310,10 +312,13 @@ def parse(values: dict[str, Any]) -> Config:
 def _check(config: Config) -> None:
     """Cross-field rules: each names the fields and the cure."""
     if config.data.source == "coco" and not config.data.folder:
-        raise InputError("data.source is coco but data.folder is empty; name a folder, e.g. make run data=photos folder=PATH")
+        raise InputError(
+            "data.source is coco but data.folder is empty; name a folder, e.g. make run data=photos folder=PATH"
+        )
     if config.mq_former.hidden_size % config.mq_former.heads:
         raise InputError(
-            f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads ({config.mq_former.heads})"
+            f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads "
+            f"({config.mq_former.heads})"
         )
 
 

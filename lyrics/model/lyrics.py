@@ -4,6 +4,7 @@ Shapes: B batch, Q queries, T text tokens, S sequence, D MQ-Former width, E lang
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,11 @@ class LyricsModel(nn.Module):
         seen: Sequence[SeenImage],
         answers: Sequence[str],
         spatial_texts: Sequence[str],
+        average: Literal["tokens", "samples"] = "tokens",
     ) -> Tensor:
-        """Mean cross-entropy of the answers' tokens.
+        """Mean cross-entropy of the answers' tokens, over all tokens or over samples (`average`).
+
+        Over tokens a caption outweighs a one-word answer tenfold; over samples they count alike.
 
         Args:
             spatial_texts: what the language model reads of the picture's objects ("" for nothing).
@@ -82,7 +86,11 @@ class LyricsModel(nn.Module):
         )[0]
         asked_BS = labels_BS[:, 1:] != IGNORED  # position s predicts the label at s + 1
         logits_MV = self.llm.get_base_model().lm_head(hidden_BSE[:, :-1][asked_BS])
-        return F.cross_entropy(logits_MV.float(), labels_BS[:, 1:][asked_BS])
+        loss_M = F.cross_entropy(logits_MV.float(), labels_BS[:, 1:][asked_BS], reduction="none")
+        if average == "tokens":
+            return loss_M.mean()
+        tokens_B1 = asked_BS.sum(1, keepdim=True)
+        return (loss_M / tokens_B1.expand_as(asked_BS)[asked_BS]).sum() / len(labels_BS)
 
     @torch.inference_mode()
     def generate(

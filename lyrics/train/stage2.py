@@ -87,7 +87,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     def losses_at(step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         batch = data.batch(step, settings.batch_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts)
+            loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts, settings.loss_average)
         return {"lm_loss": loss}, batch.ids
 
     history = loop.fit(
