@@ -6,7 +6,7 @@ it was fitted on). `file` keeps a detector of the user's as yolo.safetensors, `a
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,16 @@ from lyrics import seeding
 from lyrics.config import Config, DetectorPart
 from lyrics.data.annotated import read_split
 from lyrics.data.records import ImageRecord
-from lyrics.data.webdataset import open_image
 from lyrics.errors import InputError
-from lyrics.foundation import training, yolo
+from lyrics.foundation import region_training, training, yolo
 from lyrics.foundation.manifest import Made
-from lyrics.foundation.regions import CELLS, MapReader, RegionHead, batches, letterbox, pool
+from lyrics.foundation.regions import CELLS, MapReader, RegionHead, letterbox, pool
 from lyrics.io import read_json, write_json
 from lyrics.stage import Tracker
 
 SETTINGS, YOLO, REGIONS = "detector.json", "yolo.safetensors", "regions.safetensors"
-_MAP_LAYERS = (2, 10)  # of yolo_small: strides 4 (colours and edges) and 8 (shapes)
-_HIDDEN = 128
+_MAP_LAYERS = (0, 2, 10)  # of yolo_small: strides 2 (colours), 4 (edges) and 8 (shapes)
 _MAX_BOXES = 100
-_BATCH = 64
-_REGION_EPOCHS, _REGION_BATCH, _REGION_LR = 12, 128, 2e-3
-_JITTER = 0.08  # of a side: predicted boxes are never exact
-_JITTERED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +75,16 @@ class RegionDetector:
         ]
 
     def describe(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (R, width) and places in the text space (R, E) of boxes in network pixels."""
-        return describe(self._head, maps, boxes, self._size_px)
+        """Features (R, width) and places in the text space (R, E) of boxes in network pixels.
+
+        A feature is the first map's mean and maximum inside the box, where colour is plain, beside the head's hidden
+        layer, which tells shapes apart.
+        """
+        if not sum(map(len, boxes)):
+            return maps[0].new_zeros(0, self.width), maps[0].new_zeros(0, self._head.project.out_features)
+        hidden, regions_RE = self._head(pool(maps[1:], boxes, self._size_px, CELLS))
+        early = pool(maps[:1], boxes, self._size_px, CELLS)
+        return torch.cat([early.mean(dim=(2, 3)), early.amax(dim=(2, 3)), hidden], dim=1), regions_RE
 
     @torch.inference_mode()
     def tag_probabilities(self, proposal: Proposals, tags: Sequence[str]) -> Tensor:
@@ -92,15 +94,6 @@ class RegionDetector:
             self._texts.update(zip(new, encode_texts(self._clip, new, self._device), strict=True))
         texts_TE = torch.stack([self._texts[tag] for tag in tags])
         return self._head.similarity(proposal.regions_NE, texts_TE).softmax(dim=1)
-
-
-def describe(head: RegionHead, maps: Sequence[Tensor], boxes: Sequence[Tensor], size_px: int) -> tuple[Tensor, Tensor]:
-    """A box's features: the early map averaged inside it, where colour is plain, beside the head's hidden layer."""
-    if not sum(map(len, boxes)):
-        width = maps[0].shape[1] + head.hidden.out_features
-        return maps[0].new_zeros(0, width), maps[0].new_zeros(0, head.project.out_features)
-    hidden, regions_RE = head(pool(maps, boxes, size_px, CELLS))
-    return torch.cat([pool(maps[:1], boxes, size_px, 1).flatten(1), hidden], dim=1), regions_RE
 
 
 def encode_texts(clip: Any, tags: Sequence[str], device: torch.device) -> Tensor:
@@ -153,15 +146,15 @@ def _fit(config: Config, work: Path, tracker: Tracker) -> Made:
     vocabulary = sorted({a.category for image in annotated for a in image.annotations})
     vocabulary_TE = encode_texts(clip, vocabulary, device)
     read = MapReader(model, _MAP_LAYERS)
-    head = _fit_head(part, read, fitted, vocabulary, vocabulary_TE, config.seed, device, tracker)
+    head = region_training.fit(read, fitted, part.image_size_px, vocabulary, vocabulary_TE, config.seed, tracker)
     settings = {
         "source": part.source,
         "yolo": description,
         "image_size_px": part.image_size_px,
         "map_layers": list(_MAP_LAYERS),
         "map_channels": head.reduce.in_channels,
-        "hidden": _HIDDEN,
-        "width": _width(read, head, part.image_size_px, device),
+        "hidden": head.hidden.out_features,
+        "width": 2 * _early_channels(model) + head.hidden.out_features,
         "vocabulary": vocabulary,
     }
     write_json(out / SETTINGS, settings)
@@ -175,6 +168,10 @@ def _fit(config: Config, work: Path, tracker: Tracker) -> Made:
         parameters=training.parameter_count(model) + training.parameter_count(head),
         quality=quality.of_detector(whole, held_out, part),
     )
+
+
+def _early_channels(model: Any) -> int:
+    return model.model[_MAP_LAYERS[0]].conv.out_channels
 
 
 def _description(name: str) -> dict[str, Any]:
@@ -236,69 +233,3 @@ def write_layout(records: Sequence[ImageRecord], images: Path, labels: Path) -> 
                 "0 " + " ".join(f"{v:.6f}" for v in (*center, (x1 - x0) / record.width, (y1 - y0) / record.height))
             )
         (labels / f"{index:07d}.txt").write_text("".join(f"{line}\n" for line in lines))
-
-
-@torch.inference_mode()
-def _pooled_regions(
-    read: MapReader, records: Sequence[ImageRecord], size_px: int, seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Pooled maps of true boxes, as they are and shifted a little, with their tags; a batch of pictures at a time."""
-    generator = seeding.rng(seed, "foundation", "detector", "jitter")
-    for rows in batches(len(records), _BATCH):
-        some = records[rows]
-        pixels, scales = letterbox([open_image(record.path) for record in some], size_px)
-        _, maps = read(pixels.to(device))
-        boxes = [torch.tensor([a.box_xyxy for a in r.annotations]) * s for r, s in zip(some, scales, strict=True)]
-        tags = [a.category for record in some for a in record.annotations]
-        for copy in range(1 + _JITTERED):
-            moved = boxes
-            if copy:
-                moved = []
-                for one in boxes:
-                    sides = (one[:, 2:] - one[:, :2]).repeat(1, 2)
-                    moved.append(one + _JITTER * sides * torch.from_numpy(generator.normal(size=one.shape)).float())
-            yield pool(maps, [one.to(device) for one in moved], size_px, CELLS).half().cpu(), tags
-
-
-def _fit_head(
-    part: DetectorPart,
-    read: MapReader,
-    records: Sequence[ImageRecord],
-    vocabulary: Sequence[str],
-    vocabulary_TE: Tensor,
-    seed: int,
-    device: torch.device,
-    tracker: Tracker,
-) -> RegionHead:
-    index = {tag: i for i, tag in enumerate(vocabulary)}
-    pooled, labels = [], []
-    for some, tags in _pooled_regions(read, records, part.image_size_px, seed, device):
-        pooled.append(some)
-        labels += [index[tag] for tag in tags]
-    pooled_RCSS, labels_R = torch.cat(pooled), torch.tensor(labels)
-    with training.deterministic(seed, "detector"):
-        head = RegionHead(pooled_RCSS.shape[1], _HIDDEN, vocabulary_TE.shape[1]).to(device)
-        order = torch.cat([torch.randperm(len(labels_R)) for _ in range(_REGION_EPOCHS // (1 + _JITTERED))])
-        chunks = order.split(_REGION_BATCH)
-
-        def losses_at(step: int) -> dict[str, Tensor]:
-            rows = chunks[step]
-            _, regions_RE = head(pooled_RCSS[rows].to(device, torch.float32))
-            return {"tag_loss": F.cross_entropy(head.similarity(regions_RE, vocabulary_TE), labels_R[rows].to(device))}
-
-        training.train(
-            head,
-            part="detector",
-            steps=len(chunks),
-            lr=_REGION_LR,
-            losses_at=losses_at,
-            device=device,
-            tracker=tracker,
-        )
-    return head
-
-
-@torch.inference_mode()
-def _width(read: MapReader, head: RegionHead, size_px: int, device: torch.device) -> int:
-    _, maps = read(torch.zeros(1, 3, size_px, size_px, device=device))
-    return maps[0].shape[1] + head.hidden.out_features
