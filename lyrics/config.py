@@ -241,7 +241,7 @@ class Stage2:
     steps: int
     batch_size: int
     spatial_text: Literal["llm", "mq_former"]
-    caption_share: Fraction | None
+    task_shares: dict[str, Fraction] | None
     without_spatial: Fraction
     loss_average: Literal["tokens", "samples"]
     lora: Lora

@@ -114,13 +114,13 @@ def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, in
     expressions = [_shikra(p, e, side) for p in drawn for e in p.expressions]
     write_json_lines(folder / "refcoco.jsonl", expressions)
     counts["expressions"] = len(expressions)
-    if split in EVALUATED:
+    if split in EVALUATED or split == "instruct":
         presence = {p.file_name: sorted(p.scene.kinds) for p in drawn}
         names = [category["name"] for category in datasets.CATEGORIES]
         lines_pope = pope.sample(presence, names, seeding.rng(config.seed, "pope", split))
         write_json_lines(folder / "pope.json", lines_pope)
         counts["pope"] = len(lines_pope)
-    else:
+    if split not in EVALUATED:
         dialogues = [_llava(p.image_id, p.file_name, p.dialogue) for p in drawn]
         write_document(folder / "llava.json", dialogues)
         counts["dialogues"] = len(dialogues)

@@ -66,7 +66,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     data = Stage2Data(
         splits[0],
         coordinate_format=config.refine.coordinate_format,
-        caption_share=settings.caption_share,
+        task_shares=settings.task_shares,
         without_spatial=settings.without_spatial,
         spatial_text_in_llm=settings.spatial_text == "llm",
         seed=config.seed,

@@ -7,20 +7,27 @@ import numpy as np
 
 from lyrics.data.prompts import instruction, target
 from lyrics.data.records import Sample
+from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
 from lyrics.refiner.features import RefinedSplit
 from lyrics.refiner.spatial_text import CoordinateFormat
 from lyrics.seeding import rng
 
 
-def mixing_weights(sizes: dict[str, int], caption_share: float | None) -> dict[str, float]:
-    """Share of each task: proportional to the square root of its size; captions get `caption_share` where given."""
-    roots = {task: np.sqrt(size) for task, size in sizes.items() if size}
-    others = {task: root for task, root in roots.items() if task != "caption"}
-    if caption_share is None or "caption" not in roots or not others:
-        return {task: float(root / sum(roots.values())) for task, root in roots.items()}
-    rest = {task: float((1 - caption_share) * root / sum(others.values())) for task, root in others.items()}
-    return {"caption": caption_share, **rest}
+def mixing_weights(sizes: dict[str, int], shares: dict[str, float] | None) -> dict[str, float]:
+    """How often each task is drawn: by `shares`, scaled to the tasks at hand, else by the square root of its size.
+
+    Raises:
+        InputError: no task at hand has a share.
+    """
+    weights = {task: np.sqrt(size) if shares is None else shares.get(task, 0.0) for task, size in sizes.items()}
+    total = sum(weights.values())
+    if total <= 0:
+        raise InputError(
+            f"stage2.task_shares names {', '.join(shares or {})}, but the data has only {', '.join(sizes)}; "
+            "give one of these a share, or set it to null"
+        )
+    return {task: float(weight / total) for task, weight in weights.items() if weight > 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class Stage2Data:
         split: RefinedSplit,
         *,
         coordinate_format: CoordinateFormat,
-        caption_share: float | None,
+        task_shares: dict[str, float] | None,
         without_spatial: float,
         spatial_text_in_llm: bool,
         seed: int,
@@ -50,7 +57,7 @@ class Stage2Data:
         self.by_task: dict[str, list[Sample]] = {}
         for sample in split.samples:
             self.by_task.setdefault(sample.task, []).append(sample)
-        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, caption_share)
+        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, task_shares)
 
     def __len__(self) -> int:
         return sum(map(len, self.by_task.values()))
