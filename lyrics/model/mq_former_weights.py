@@ -59,7 +59,7 @@ def _target(name: str) -> str | None:
 def load_bert(mq_former: MQFormer, state: dict[str, Tensor]) -> Loaded:
     """Fill embeddings, self-attention and the text feed-forward; copy the latter to the queries' feed-forward.
 
-    The rows of tokens that BERT does not know ([DEC]) start as its last special rows' mean; positions take in
+    The rows of tokens that BERT does not know ([DEC]) start as the mean of all rows; positions take in
     token-type row 0 and are cut to MQ-Former's length.
 
     Raises:
