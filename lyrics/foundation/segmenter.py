@@ -39,7 +39,7 @@ def small(image_size_px: int) -> sam.SamSize:
         patch_size_px=8,
         width=64,
         layers=2,
-        heads=4,
+        heads=2,
         embedding=64,
         detail=16,
         decoder_layers=1,
