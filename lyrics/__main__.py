@@ -6,6 +6,6 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from lyrics.cli import main  # noqa: E402
+from lyrics.cli import main
 
 main()

@@ -21,10 +21,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(0o644)  # mkstemp makes it private; an out is as readable as any other file
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as opened:
+    with Path(path).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -82,6 +82,6 @@ def publish(finished: Path, destination: Path) -> None:
     aside = destination.with_name(f".{destination.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if destination.exists():
-        os.replace(destination, aside)
-    os.replace(finished, destination)
+        destination.replace(aside)
+    finished.replace(destination)
     shutil.rmtree(aside, ignore_errors=True)

@@ -42,15 +42,21 @@ class VisualBatch:
         return VisualBatch(image_tokens_BPD=self.image_tokens_BPD.to(device), local=self.local.to(device))
 
 
+_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
+
+
 class TextTokenizer:
     """Token ids of MQ-Former's texts, remembered: captions, tags and spatial texts come again every epoch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.pad, self.cls, self.sep, self.mask, self.dec = (
-            tokenizer.convert_tokens_to_ids(t) for t in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
-        )
+        self.pad, self.cls, self.sep, self.mask, self.dec = map(self._special, _SPECIAL)
         self._ids: dict[str, list[int]] = {}
+
+    def _special(self, token: str) -> int:
+        number = self.tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(number, int)
+        return number
 
     def ids(self, text: str) -> list[int]:
         """Ids of `text` without special tokens."""

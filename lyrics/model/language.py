@@ -65,7 +65,7 @@ class PromptTemplate:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

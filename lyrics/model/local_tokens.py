@@ -4,6 +4,7 @@ Shapes: B batch, N objects, K tokens of a tag, L local tokens = 1 + N for each s
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,14 @@ class LocalFeatures:
     hidden_box_BN: Tensor | None = None
 
     def index(self, rows_B: Tensor) -> "LocalFeatures":
-        return LocalFeatures(
-            **{f.name: None if (v := getattr(self, f.name)) is None else v[rows_B] for f in dataclasses.fields(self)}
-        )
+        return self._each(lambda tensor: tensor[rows_B])
 
     def to(self, device: torch.device) -> "LocalFeatures":
-        return LocalFeatures(
-            **{f.name: None if (v := getattr(self, f.name)) is None else v.to(device) for f in dataclasses.fields(self)}
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LocalFeatures":
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: change(x) for name, x in given.items() if x is not None})
 
 
 class LocalTokens(nn.Module):

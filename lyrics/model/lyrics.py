@@ -4,7 +4,7 @@ Shapes: B batch, Q queries, T text tokens, S sequence, D MQ-Former width, E lang
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,11 @@ class LyricsModel(nn.Module):
         self.spatial_text_in_llm = spatial_text_in_llm
 
     @property
+    def _base(self) -> Any:
+        """The language model below its adapter; which class it is depends on the preset."""
+        return self.llm.get_base_model()
+
+    @property
     def device(self) -> torch.device:
         return self.projection.linear.weight.device
 
@@ -56,7 +61,7 @@ class LyricsModel(nn.Module):
 
     def embed(self, sequences: Sequences, tokens_BQE: Tensor) -> Tensor:
         """inputs_BSE with the query tokens in their places."""
-        embedded_BSE = self.llm.get_input_embeddings()(sequences.ids_BS.to(self.device))
+        embedded_BSE = self._base.get_input_embeddings()(sequences.ids_BS.to(self.device))
         where_BS1 = sequences.image_mask_BS.to(self.device).unsqueeze(-1)
         return embedded_BSE.masked_scatter(where_BS1, tokens_BQE.to(embedded_BSE.dtype))
 
@@ -81,11 +86,11 @@ class LyricsModel(nn.Module):
             prompts, tokens_BQE.shape[1], pad=self.template.pad, answers=[self.template.answer(a) for a in answers]
         )
         labels_BS = sequences.labels_BS.to(self.device)
-        hidden_BSE = self.llm.get_base_model().model(
+        hidden_BSE = self._base.model(
             inputs_embeds=self.embed(sequences, tokens_BQE), attention_mask=sequences.mask_BS.to(self.device)
         )[0]
         asked_BS = labels_BS[:, 1:] != IGNORED  # position s predicts the label at s + 1
-        logits_MV = self.llm.get_base_model().lm_head(hidden_BSE[:, :-1][asked_BS])
+        logits_MV = self._base.lm_head(hidden_BSE[:, :-1][asked_BS])
         loss_M = F.cross_entropy(logits_MV.float(), labels_BS[:, 1:][asked_BS], reduction="none")
         if average == "tokens":
             return loss_M.mean()

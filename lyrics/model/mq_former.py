@@ -129,8 +129,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
 
-    def project(self, source: str, tokens_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        return _heads(self.key[source](tokens_BLD), self.heads), _heads(self.value[source](tokens_BLD), self.heads)
+    def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, "KeyValue"]:
+        """Keys and values of each source's tokens_BLD, with their mask_B11L."""
+        return {
+            name: KeyValue(_heads(self.key[name](x), self.heads), _heads(self.value[name](x), self.heads), mask)
+            for name, (x, mask) in tokens.items()
+        }
 
     def forward(self, queries: dict[str, Tensor], memory: dict[str, "KeyValue"]) -> Tensor:
         attended = []
@@ -278,14 +282,10 @@ class MQFormer(nn.Module):
         if "grounding" in self.counts:
             local_BLD, mask_BL = self.local_tokens(local)
             tokens["grounding"] = (local_BLD, mask_BL[:, None, None, :])
-        layers = []
+        layers: list[dict[str, KeyValue]] = []
         for layer in self.layers:
-            cross = layer.cross_attention
-            layers.append(
-                {}
-                if cross is None
-                else {name: KeyValue(*cross.project(name, x), mask) for name, (x, mask) in tokens.items()}
-            )
+            assert isinstance(layer, Layer)
+            layers.append({} if layer.cross_attention is None else layer.cross_attention.remember(tokens))
         return Memory(tuple(layers))
 
     def forward(

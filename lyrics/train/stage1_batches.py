@@ -81,7 +81,7 @@ class Stage1Data:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def batch(self, indices: Sequence[int], step: int) -> Stage1Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray, step: int) -> Stage1Batch:
         """The pairs `indices` as the training step `step` sees them."""
         chosen = [self.pairs[i] for i in indices]
         images = [split.images[image_id] for split, image_id in chosen]

@@ -37,7 +37,9 @@ def measure(objectives: "Objectives", config: Config, tokenizer: TextTokenizer) 
         return {}
     batches = [data.batch(list(range(i, min(i + 50, count))), step=0) for i in range(0, count, 50)]
     found = _retrieval(objectives, batches)
-    matched, tokens, other = [], [], []
+    matched: list[Tensor] = []
+    tokens: list[Tensor] = []
+    other: list[Tensor] = []
     for batch in batches:
         if len(batch.ids) < 2:
             continue
@@ -63,7 +65,7 @@ def _retrieval(objectives: "Objectives", batches: list[Stage1Batch]) -> dict[str
         visual.append(objectives.mq_former.split_queries(objectives.mq_former.image_projection(query_BQD))[0])
         text.append(objectives.encode_text(batch.caption_rows))
     similarity_BB = query_text_similarity(torch.cat(visual), torch.cat(text))
-    found = {}
+    found: dict[str, float] = {}
     for name, matrix in (("image_to_text", similarity_BB), ("text_to_image", similarity_BB.T)):
         rank_B = (matrix > matrix.diagonal()[:, None]).sum(-1)
         found |= {f"{name}_recall_at_{k}": float((rank_B < k).float().mean()) for k in RANKS}

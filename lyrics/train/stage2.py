@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,12 +33,11 @@ def build(config: Config) -> LyricsModel:
     """Stage 1's MQ-Former, a new projection, the frozen language model with a new adapter."""
     llm, tokenizer = load_llm(FOUNDATION / "llm")
     mq_former = load_mq_former(STAGE1)
+    words: Any = llm.get_input_embeddings()
     torch.manual_seed(config.seed)
     model = LyricsModel(
         mq_former,
-        Projection(
-            mq_former.config.hidden_size, llm.config.hidden_size, float(llm.get_input_embeddings().weight.float().std())
-        ),
+        Projection(mq_former.config.hidden_size, llm.config.hidden_size, float(words.weight.detach().float().std())),
         add_lora(llm, **dataclasses.asdict(config.stage2.lora)),
         text_tokenizer=TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer")),
         template=PromptTemplate(tokenizer),
