@@ -10,11 +10,11 @@ import numpy as np
 from lyrics.world import language
 from lyrics.world.questions import questions
 from lyrics.world.scenes import Scene, SceneObject
-from lyrics.world.vocabulary import COLORS, KINDS
+from lyrics.world.vocabulary import COLORS
 
 _GRID_MAX = 99
 _LOOK_UP_SHARE = 0.5
-_LOOK_UPS = 8
+_LOOK_UPS = 6
 
 
 def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
@@ -59,14 +59,6 @@ def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str
             ]
         if len(scene.find(color=item.color)) == 1:
             asked.append((f"What is the {item.color} object?", item.kind))
-    present = sorted(scene.kinds)
-    absent = [kind for kind in KINDS if kind not in scene.kinds]
-    for name, answer in (
-        (present[generator.integers(len(present))], "yes"),
-        (absent[generator.integers(len(absent))], "no"),
-    ):
-        article = "an" if name[0] in "aeiou" else "a"
-        asked.append((f"Is there {article} {name} in the image?", answer))
     chosen = [asked[index] for index in generator.permutation(len(asked))[:_LOOK_UPS]]
     if not chosen:
         return ""
