@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from lyrics.refiner.segmentation import Segments
 
 from lyrics.config import Refine
 from lyrics.refiner.detection import Detections
 from lyrics.refiner.refiner import Refiner
+from lyrics.refiner.segmentation import Segments
 
 TAGS = ("red thing", "green thing", "blue thing")
 
