@@ -102,11 +102,11 @@ def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, wo
     """
     judged = {
         tar: _judge_shard(work / "judged" / f"{tar.stem}.parquet", tar, settings)
-        for tar in tqdm(shards, "clean: pictures and captions", disable=None)
+        for tar in tqdm(shards, "clean: pictures and captions")
     }
     mark_duplicates((verdict for tar in shards for verdict in judged[tar]), settings.duplicate_hamming_bits)
     not_checked = 0
-    for tar in tqdm(shards, "clean: picture against caption", disable=None):
+    for tar in tqdm(shards, "clean: picture against caption"):
         left = [verdict for verdict in judged[tar] if not verdict.reason]
         if encoder is None or settings.max_better_captions is None or len(left) <= MIN_COMPARED:
             not_checked += len(left)

@@ -90,7 +90,7 @@ def _read(split: str, folder: Path, max_images: int | None, seen: dict[str, str]
     rejected += captions.rejected + instances.rejected
     listed = captions.images | instances.images
     images: list[dict[str, Any]] = []
-    for image in tqdm(listed.values(), f"check {split}", disable=None):
+    for image in tqdm(listed.values(), f"check {split}"):
         if len(images) == max_images:
             break
         reason = _fault(split, folder, image, seen)

@@ -69,7 +69,7 @@ def _ingest_world(config: "Config", folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _write_web(config: "Config", folder: Path) -> dict[str, int]:
-    items = tqdm(datasets.web_items(config.seed, config.world), "ingest web", config.world.scenes.web, disable=None)
+    items = tqdm(datasets.web_items(config.seed, config.world), "ingest web", config.world.scenes.web)
     truth = []
     for shard, group in itertools.groupby(items, key=lambda item: item.key[:5]):
         held = list(group)
@@ -96,7 +96,7 @@ def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, in
     images_folder = folder / "images"
     images_folder.mkdir(parents=True)
     drawn = []
-    for picture in tqdm(datasets.pictures(config.seed, split, world), f"ingest {split}", total, disable=None):
+    for picture in tqdm(datasets.pictures(config.seed, split, world), f"ingest {split}", total):
         (images_folder / picture.file_name).write_bytes(picture.jpeg)
         drawn.append(picture)
     side = world.image_size_px

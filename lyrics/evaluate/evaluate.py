@@ -153,7 +153,7 @@ class _Asker:
         # Neighbours of equal length need little padding.
         order = sorted(range(len(samples)), key=lambda i: (len(split.images[samples[i].image_id].spatial_text), i))
         answers = [""] * len(samples)
-        for start in tqdm(range(0, len(order), size), desc=f"evaluate {name}", unit="batch", leave=False, disable=None):
+        for start in tqdm(range(0, len(order), size), desc=f"evaluate {name}", unit="batch", leave=False):
             places = order[start : start + size]
             batch = [samples[place] for place in places]
             seen = [split.seen(others.get(sample.image_id, sample.image_id)) for sample in batch]

@@ -61,7 +61,7 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         device=device,
     )
     started, computed = time.perf_counter(), 0
-    with tqdm(total=sum(len(s.images) for s in sources), desc="refine", unit="image", disable=None) as progress:
+    with tqdm(total=sum(len(s.images) for s in sources), desc="refine", unit="image") as progress:
         for source in sources:
             computed += refine_split(source, frozen, work / "splits" / source.name, progress)
     seconds = time.perf_counter() - started
