@@ -206,6 +206,7 @@ class MQFormer:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Optimizer:
+    algorithm: Literal["adamw", "muon"]
     lr: float
     betas: tuple[float, float]
     weight_decay: float
@@ -224,7 +225,7 @@ class Stage1:
     mask_probability: float
     checkpoint_every: int
     log_every: int
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]
     optimizer: Optimizer
 
 
@@ -247,7 +248,7 @@ class Stage2:
     lora: Lora
     checkpoint_every: int
     log_every: int
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]
     lora_lr: float
     optimizer: Optimizer
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lyrics import numerics, optimizer
 from lyrics.errors import InputError
 from lyrics.seeding import stable_seed
 from lyrics.stage import Tracker
@@ -44,17 +45,11 @@ def deterministic(seed: int, part: str) -> Iterator[None]:
     """Seed torch for `part` and allow deterministic kernels only; the setting before is restored."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(stable_seed(seed, "foundation", part))
-    torch.use_deterministic_algorithms(True)
+    numerics.use_deterministic_kernels()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 where the processor multiplies it natively; elsewhere it would be slower than fp32."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 def train(
@@ -68,33 +63,31 @@ def train(
     tracker: Tracker,
     weight_decay: float = 0.05,
 ) -> None:
-    """AdamW with warm-up and a cosine to zero on the sum of the losses, logged as `foundation/PART_NAME`.
+    """Muon with warm-up and a cosine to zero on the sum of the losses, logged as `foundation/PART_NAME`.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the step was not taken.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True)
+    optimizers = optimizer.build(
+        modules, algorithm="muon", lr_of=lambda _: lr, betas=(0.9, 0.98), weight_decay=weight_decay
+    )
     warmup = max(1, round(_WARMUP_SHARE * steps))
     modules.train()
     for step in tqdm(range(steps), desc=f"fit {part}", unit="step", mininterval=1.0):
         factor = min(
             (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        with autocast(device):
+        optimizer.scale_lr(optimizers, factor)
+        with numerics.autocast(device):
             losses = losses_at(step)
         torch.stack(list(losses.values())).sum().backward()
         norm = nn.utils.clip_grad_norm_(parameters, _GRAD_CLIP)
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"foundation {part}: the gradient is not finite at step {step}; lower its lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for one in optimizers:
+            one.step()
+            one.zero_grad(set_to_none=True)
         if step % LOG_EVERY == 0 or step == steps - 1:
             tracker.log_metrics({f"foundation/{part}_{k}": v.item() for k, v in losses.items()}, step=step)
     modules.eval()

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lyrics import optimizer
 from lyrics.errors import InputError
 from lyrics.seeding import rng, stable_seed
 from lyrics.stage import Tracker
@@ -45,24 +46,13 @@ def batches(seed: int, count: int, batch_size: int, step: int) -> np.ndarray:
     return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_of: Callable[[str], float]
-) -> list[dict[str, Any]]:
-    """One group per learning rate and decay; biases, norms and embeddings of one dimension do not decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((lr_of(name), decay), []).append(parameter)
-    return [{"params": p, "lr": lr, "initial_lr": lr, "weight_decay": d} for (lr, d), p in groups.items()]
-
-
 def fit(
     *,
     name: str,
     seed: int,
     steps: int,
     trainable: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     warmup_steps: int,
     grad_clip: float,
     losses_at: Callable[[int], tuple[dict[str, Tensor], Sequence[str]]],
@@ -90,18 +80,19 @@ def fit(
         with torch.no_grad():
             for key, parameter in trainable.items():
                 parameter.copy_(state["weights"][key])
-        optimizer.load_state_dict(state["optimizer"])
+        for one, saved in zip(optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(saved)
         first, history = state["step"], json.loads(state["history"])
         log.info("%s resumes at step %d of %d", name, first, steps)
     sums: dict[str, list[float]] = json.loads(state["sums"]) if state is not None else {}
     started = time.monotonic()
     for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=2, unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * cosine_with_warmup(step, warmup_steps=warmup_steps, steps=steps)
+        optimizer.scale_lr(optimizers, cosine_with_warmup(step, warmup_steps=warmup_steps, steps=steps))
         torch.manual_seed(stable_seed(seed, name, step))
         losses, ids = losses_at(step)
         total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad(set_to_none=True)
+        for one in optimizers:
+            one.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(list(trainable.values()), grad_clip)
         loss_value, norm_value = total.item(), norm.item()
@@ -110,7 +101,8 @@ def fit(
                 f"{name} stopped before step {step}: loss {loss_value}, gradient norm {norm_value} on samples "
                 f"{', '.join(ids[:8])} …; the last checkpoint is kept. Lower the learning rate or look at them."
             )
-        optimizer.step()
+        for one in optimizers:
+            one.step()
         for key, value in losses.items():
             sums.setdefault(key, []).append(value.item())
         if (step + 1) % log_every == 0 or step + 1 == steps:
@@ -119,7 +111,7 @@ def fit(
             sums = {}
             rate = (step + 1 - first) * samples_per_step / (time.monotonic() - started)
             tracker.log_metrics(
-                {**row, f"{name}/lr": optimizer.param_groups[0]["lr"], f"{name}/grad_norm": norm_value,
+                {**row, f"{name}/lr": optimizers[0].param_groups[0]["lr"], f"{name}/grad_norm": norm_value,
                  f"{name}/samples_per_second": rate}, step=step + 1,
             )  # fmt: skip
         if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
@@ -128,7 +120,7 @@ def fit(
                 step + 1,
                 {
                     "weights": {key: p.detach().cpu() for key, p in trainable.items()},
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [one.state_dict() for one in optimizers],
                     "history": json.dumps(history),
                     "sums": json.dumps(sums),
                 },

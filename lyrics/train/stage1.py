@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lyrics import io
+from lyrics import io, numerics, optimizer
 from lyrics.config import Config
 from lyrics.errors import InputError
 from lyrics.foundation.tokenizer import bert_state, load_text_tokenizer
@@ -194,7 +194,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
 
     settings = config.stage1
     device = loop.pick_device(config.device)
-    torch.use_deterministic_algorithms(True)
+    numerics.use_deterministic_kernels()
     tokenizer = TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer"))
     data = Stage1Data(
         open_splits(TRAIN_SPLITS),
@@ -211,9 +211,12 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         mq_former, tokenizer, itc_cross_query=settings.itc_cross_query, smoothing=settings.label_smoothing
     )
     trainable = {k: p for k, p in mq_former.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        loop.parameter_groups(trainable.items(), settings.optimizer.weight_decay, lambda _: settings.optimizer.lr),
+    optimizers = optimizer.build(
+        mq_former,
+        algorithm=settings.optimizer.algorithm,
+        lr_of=lambda _: settings.optimizer.lr,
         betas=settings.optimizer.betas,
+        weight_decay=settings.optimizer.weight_decay,
     )
 
     def losses_at(step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -221,7 +224,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         groups: tuple[str, ...] = ("align", "generate")
         if settings.objectives == "alternate":
             groups = (groups[step % 2],)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with numerics.autocast(device, settings.precision):
             return objectives(batch, groups), batch.ids
 
     history = loop.fit(
@@ -229,7 +232,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         seed=config.seed,
         steps=settings.steps,
         trainable=trainable,
-        optimizer=optimizer,
+        optimizers=optimizers,
         warmup_steps=settings.optimizer.warmup_steps,
         grad_clip=settings.optimizer.grad_clip,
         losses_at=losses_at,

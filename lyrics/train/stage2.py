@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lyrics import io
+from lyrics import io, numerics, optimizer
 from lyrics.config import Config
 from lyrics.errors import InputError
 from lyrics.foundation.llm import load_llm
@@ -57,7 +57,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     """The `finetune` verb: writes model.safetensors, adapter/, config.json and history.jsonl."""
     settings = config.stage2
     device = loop.pick_device(config.device)
-    torch.use_deterministic_algorithms(True)
+    numerics.use_deterministic_kernels()
     splits = open_splits((TRAIN_SPLIT,))
     if not splits or not splits[0].samples:
         raise InputError(f"Stage 2 found no samples in data/refined/{TRAIN_SPLIT}; give the source an instruct split")
@@ -75,18 +75,17 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     model = build(config).to(device).train()
     trainable = trainable_parameters(model)
     _log_counts(model, tracker)
-    optimizer = torch.optim.AdamW(
-        loop.parameter_groups(
-            trainable.items(),
-            settings.optimizer.weight_decay,
-            lambda name: settings.optimizer.lr if name.startswith("mq_former.") else settings.lora_lr,
-        ),
+    optimizers = optimizer.build(
+        model,
+        algorithm=settings.optimizer.algorithm,
+        lr_of=lambda name: settings.optimizer.lr if name.startswith("mq_former.") else settings.lora_lr,
         betas=settings.optimizer.betas,
+        weight_decay=settings.optimizer.weight_decay,
     )
 
     def losses_at(step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         batch = data.batch(step, settings.batch_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with numerics.autocast(device, settings.precision):
             loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts, settings.loss_average)
         return {"lm_loss": loss}, batch.ids
 
@@ -95,7 +94,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         seed=config.seed,
         steps=settings.steps,
         trainable=trainable,
-        optimizer=optimizer,
+        optimizers=optimizers,
         warmup_steps=settings.optimizer.warmup_steps,
         grad_clip=settings.optimizer.grad_clip,
         losses_at=losses_at,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lyrics import optimizer
 from lyrics.stage import NullTracker
 from lyrics.train import checkpoint, loop
 
@@ -16,11 +17,17 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the loop may catch it."""
 
 
-def train(work: Path, *, kill_at: int | None = None, poison_at: int | None = None) -> tuple[dict, list]:
+def train(
+    work: Path,
+    *,
+    algorithm: optimizer.Algorithm = "adamw",
+    kill_at: int | None = None,
+    poison_at: int | None = None,
+) -> tuple[dict, list]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 1))
     trainable = dict(net.named_parameters())
-    optimizer = torch.optim.AdamW(loop.parameter_groups(trainable.items(), 0.1, lambda _: 0.01))
+    optimizers = optimizer.build(net, algorithm=algorithm, lr_of=lambda _: 0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
     def losses_at(step: int) -> tuple[dict[str, Tensor], list[str]]:
         if step == kill_at:
@@ -34,7 +41,7 @@ def train(work: Path, *, kill_at: int | None = None, poison_at: int | None = Non
         seed=0,
         steps=12,
         trainable=trainable,
-        optimizer=optimizer,
+        optimizers=optimizers,
         warmup_steps=3,
         grad_clip=1.0,
         losses_at=losses_at,
@@ -47,12 +54,13 @@ def train(work: Path, *, kill_at: int | None = None, poison_at: int | None = Non
     return {k: v.detach().clone() for k, v in net.state_dict().items()}, history
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 @pytest.mark.parametrize("kill_at", [1, 4, 6, 9, 11])
-def test_a_killed_run_ends_bit_identical(tmp_path: Path, kill_at: int) -> None:
-    expected, history = train(tmp_path / "whole")
+def test_a_killed_run_ends_bit_identical(tmp_path: Path, algorithm: optimizer.Algorithm, kill_at: int) -> None:
+    expected, history = train(tmp_path / "whole", algorithm=algorithm)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", kill_at=kill_at)
-    found, resumed_history = train(tmp_path / "killed")
+        train(tmp_path / "killed", algorithm=algorithm, kill_at=kill_at)
+    found, resumed_history = train(tmp_path / "killed", algorithm=algorithm)
     assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert json.dumps(history) == json.dumps(resumed_history)
 
