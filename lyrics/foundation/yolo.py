@@ -132,7 +132,7 @@ def train(
             overrides={
                 "model": "object.yaml",
                 "data": "object.yaml",
-                "project": str(work),
+                "project": str(work.resolve()),  # a relative one would land in runs/ of the current folder
                 "name": "run",
                 "exist_ok": True,
                 "imgsz": image_size_px,

@@ -8,13 +8,14 @@ What is asked can always be found in the document.
 import numpy as np
 
 from lyrics.world import language
-from lyrics.world.questions import questions
+from lyrics.world.questions import Question, questions
 from lyrics.world.scenes import Scene, SceneObject
 from lyrics.world.vocabulary import COLORS
 
 _GRID_MAX = 99
-_LOOK_UP_SHARE = 0.5
-_LOOK_UPS = 6
+_LOOK_UP_SHARE = 0.8
+_QUESTIONS = 10
+_LOOK_UPS = 8
 
 
 def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
@@ -24,8 +25,8 @@ def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[
 
 def _document(scene: Scene, generator: np.random.Generator) -> str:
     spatial = spatial_text(scene, generator)
-    if generator.random() < _LOOK_UP_SHARE and (many := _look_ups(scene, spatial, generator)):
-        return many
+    if generator.random() < _LOOK_UP_SHARE:
+        return _look_ups(scene, spatial, generator)
     form = generator.random()
     if form < 0.08:
         return language.captions(scene, generator, 1)[0]
@@ -38,31 +39,28 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
         asked, answer = turns[int(generator.integers(len(turns)))]
         return _prompt(f"{spatial} {_everything(scene, generator, with_size=True)}", asked, answer)
     question = questions(scene, generator, 1)[0]
-    if question.kind in ("colour", "kind") or set(COLORS) & set(question.text.split()) or generator.random() < 0.3:
+    if _asks_colour(question) or generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
     return _prompt(spatial, question.text, question.answer)
 
 
 def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
-    """Several questions about one scene, each answered by what stands in the document; empty if nothing is unique.
+    """Several questions about one scene, each answered by its spatial text; the same one may come again.
 
     A small model learns to look up from many look-ups, and a document with one question holds few.
     """
-    asked = []
+    asked = [("How many objects are there?", str(len(scene.objects)))]
+    asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if not _asks_colour(q)]
     for item in scene.objects:
         if len(scene.find(kind=item.kind)) == 1:
             box = grid_box(item, scene.image_size_px)
-            asked += [
-                (f"Where is the {item.kind}?", box),
-                (f"Where is the {item.color} {item.kind}?", box),
-                (f"What color is the {item.kind}?", item.color),
-            ]
-        if len(scene.find(color=item.color)) == 1:
-            asked.append((f"What is the {item.color} object?", item.kind))
-    chosen = [asked[index] for index in generator.permutation(len(asked))[:_LOOK_UPS]]
-    if not chosen:
-        return ""
-    return f"{spatial} {_everything(scene, generator)}" + "".join(f" question: {q} answer: {a}" for q, a in chosen)
+            asked += [(f"Where is the {item.kind}?", box), (f"Where is the {item.color} {item.kind}?", box)]
+    chosen = [asked[index] for index in generator.integers(len(asked), size=_LOOK_UPS)]
+    return spatial + "".join(f" question: {q} answer: {a}" for q, a in chosen)
+
+
+def _asks_colour(question: Question) -> bool:
+    return question.kind in ("colour", "kind") or bool(set(COLORS) & set(question.text.split()))
 
 
 def _referring(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
