@@ -3,6 +3,7 @@
 Values live in params/, never here: a field without a value there is an error that names it.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +58,8 @@ class World:
 class Data:
     """Where raw data comes from: the embedded world, or a folder of COCO-format splits.
 
-    `splits` maps a split of ours (foundation, web, instruct, val, test, test_ood) to a sub-folder with images/,
-    captions.json and instances.json. `max_images` keeps that many images of each split (None: all).
+    `splits` maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
+    instances.json. `max_images` keeps that many images of each split (None: all).
     """
 
     source: Literal["world", "coco"]
@@ -315,6 +316,12 @@ def _check(config: Config) -> None:
     if config.data.source == "coco" and not config.data.folder:
         raise InputError(
             "data.source is coco but data.folder is empty; name a folder, e.g. make run data=photos folder=PATH"
+        )
+    known = [field.name for field in dataclasses.fields(SceneCounts)]
+    if unknown := sorted(set(config.data.splits) - set(known)):
+        raise InputError(
+            f"data.splits has the unknown key {', '.join(unknown)}; splits are {', '.join(known)}, and the value of "
+            "each names a sub-folder of yours, e.g. data.splits.test=NAME"
         )
     if config.mq_former.hidden_size % config.mq_former.heads:
         raise InputError(

@@ -53,6 +53,10 @@ def test_composing_twice_gives_the_same_bytes() -> None:
         ({"overrides": {"stage1": "enormous"}}, r"stage1 'enormous' .* choices: laptop, paper, tiny"),
         ({"overrides": 3}, r"overrides .* must map dotted keys to values; found 3"),
         ({"folder": "/somewhere"}, r"data source world reads no folder, but folder is /somewhere"),
+        (
+            {"overrides": {"data.splits.tset": "val"}},
+            r"data.splits has the unknown key tset; splits are foundation, web, instruct, val, test, test_ood,",
+        ),
         ({"data": "photos"}, r"reads your folder, but none is named; add folder=PATH"),
         ({"data": "photos", "folder": "/no/such"}, r"folder /no/such is missing or not a folder"),
         ({"presets": "tiny"}, r"must hold exactly the keys data, folder, overrides, preset; found .*presets"),
