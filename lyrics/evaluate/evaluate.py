@@ -64,16 +64,60 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
     constant = _constant_answers(config)
     if constant is None:
         absent["most_frequent"] = f"{REFINED / TRAINING_SPLIT} does not exist: no training split to count answers in"
+    data = _data_hashes(splits, STAGE2, FOUNDATION)
+    asker = _Asker(config, _answers_folder(work / "answers", config, splits, data), model)
+    out = work / "out"
+    evaluation = _score(config, splits, asker, out, data, absent, _Baselines(constant))
+    plots.write(out / "plots", evaluation)
+    report.write(out, config)
+    _track(evaluation, out, tracker)
+
+
+def run_full(config: Config, work: Path, tracker: Tracker, model: Answering | None = None) -> None:
+    """As `run`, on every sample of every split (`make evaluate-full`); the result is no output of the pipeline."""
+    shutil.rmtree(work / "out", ignore_errors=True)
+    everything = dataclasses.replace(config.evaluate, samples_per_split=None)
+    run(dataclasses.replace(config, evaluate=everything), work, tracker, model)
+
+
+def run_alone(
+    config: Config, work: Path, name: str, split: RefinedSplit, model: Answering, stage2: Path, foundation: Path
+) -> None:
+    """Score one model on one split, into `work / "out"` as `run` does, without baselines, plots and report.
+
+    Args:
+        split: what the frozen parts in `foundation` saw in data/raw/NAME.
+        model: made of `stage2` and `foundation`. Its answers are kept in `work`: a folder for this model and split.
+    """
+    data = _data_hashes({name: split}, stage2, foundation)
+    asker = _Asker(config, work / "answers", model)
+    absent = dict.fromkeys(tasks.SYSTEMS[1:], "the model was scored alone")
+    _score(config, {name: split}, asker, work / "out", data, absent, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Baselines:
+    """The baselines that are wanted; `constant` is None where there is no training split to fit it on."""
+
+    constant: baselines.MostFrequent | None
+
+
+def _score(
+    config: Config,
+    splits: Mapping[str, RefinedSplit],
+    asker: "_Asker",
+    out: Path,
+    data: Mapping[str, Any],
+    absent: dict[str, str],
+    beside: _Baselines | None,
+) -> dict[str, Any]:
+    """Ask and score; writes the per-sample scores and evaluation.json, and returns the latter."""
     reason = captions.meteor_absent(config.evaluate.meteor)
     absent |= {"spice": captions.SPICE_ABSENT} | ({"meteor": reason} if reason else {})
     meteor = None if reason else captions.MeteorProcess()
-    data = _data_hashes(splits)
-    asker = _Asker(config, _answers_folder(work / "answers", config, splits, data), model)
-
-    out = work / "out"
     scores: dict[str, dict[str, Any]] = {}
     for name, split in splits.items():
-        scores[name], rows = _evaluate_split(name, split, config, constant, asker, meteor, absent)
+        scores[name], rows = _evaluate_split(name, split, config, beside, asker, meteor, absent)
         with io.atomic_path(out / "samples" / f"{name}.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
     evaluation = {
@@ -86,16 +130,7 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
         "data": data,
     }
     io.write_json(out / "evaluation.json", evaluation)
-    plots.write(out / "plots", evaluation)
-    report.write(out, config)
-    _track(evaluation, out, tracker)
-
-
-def run_full(config: Config, work: Path, tracker: Tracker, model: Answering | None = None) -> None:
-    """As `run`, on every sample of every split (`make evaluate-full`); the result is no output of the pipeline."""
-    shutil.rmtree(work / "out", ignore_errors=True)
-    everything = dataclasses.replace(config.evaluate, samples_per_split=None)
-    run(dataclasses.replace(config, evaluate=everything), work, tracker, model)
+    return evaluation
 
 
 def _answers_folder(
@@ -178,7 +213,7 @@ def _evaluate_split(
     name: str,
     split: RefinedSplit,
     config: Config,
-    constant: baselines.MostFrequent | None,
+    beside: _Baselines | None,
     asker: _Asker,
     meteor: captions.MeteorProcess | None,
     absent: dict[str, str],
@@ -186,8 +221,9 @@ def _evaluate_split(
     """Scores by metric, and one row a sample. Adds to `absent` what the split cannot tell."""
     scores: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    others = baselines.other_images(split.image_ids, config.seed, name)
-    if others is None:
+    constant = beside.constant if beside else None
+    others = baselines.other_images(split.image_ids, config.seed, name) if beside else None
+    if beside and others is None:
         absent[f"{name}/other_image"] = absent[f"{name}/other_features"] = "the split has a single image"
     for task in tasks.TASKS:
         samples = tasks.choose(split.samples, task, config.evaluate.samples_per_split, config.seed, name)
@@ -245,17 +281,17 @@ def _rounded(values: Mapping[str, float | int | None]) -> dict[str, float | int 
     return {key: round(value, _DIGITS) if isinstance(value, float) else value for key, value in values.items()}
 
 
-def _data_hashes(splits: Mapping[str, RefinedSplit]) -> dict[str, dict[str, Any]]:
+def _data_hashes(splits: Mapping[str, RefinedSplit], stage2: Path, foundation: Path) -> dict[str, dict[str, Any]]:
     """What was evaluated: the split as it was read, and the model."""
     hashes: dict[str, dict[str, Any]] = {}
     for name, split in splits.items():
         raw = RAW / name
         paths = [raw] if raw.exists() else [split.folder / SAMPLES_FILE]
         hashes[name] = {"path": paths[0].as_posix(), "sha256": io.sha256_tree(*paths)}
-    if STAGE2.exists():
-        hashes["stage2"] = {"path": STAGE2.as_posix(), "sha256": io.sha256_tree(STAGE2)}
-    if manifests := sorted(FOUNDATION.glob("*/manifest.json")):  # each holds the hashes of its part's files
-        hashes["foundation"] = {"path": f"{FOUNDATION}/*/manifest.json", "sha256": io.sha256_tree(*manifests)}
+    if stage2.exists():
+        hashes["stage2"] = {"path": stage2.as_posix(), "sha256": io.sha256_tree(stage2)}
+    if manifests := sorted(foundation.glob("*/manifest.json")):  # each holds the hashes of its part's files
+        hashes["foundation"] = {"path": f"{foundation}/*/manifest.json", "sha256": io.sha256_tree(*manifests)}
     return hashes
 
 
