@@ -4,7 +4,6 @@
 """
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from flows import stages, summary
+from flows import logs, stages, summary
 from flows.stages import Outcome, StageError
 from lyrics import config, dag, io
 from lyrics.errors import InputError, RetryableError
@@ -32,18 +31,7 @@ LOCK = Path("build/flow.lock")
 RETRY_SECONDS = [float(seconds) for seconds in os.environ.get("LYRICS_RETRY_SECONDS", "10,60").split(",")]
 
 
-class _OneSentence(logging.Filter):
-    """Failures that have a sentence need no traceback in the log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, StageError | InputError | RetryableError):
-            record.msg, record.args, record.exc_info = str(error), (), None
-        return True
-
-
-for _name in ("prefect.task_runs", "prefect.flow_runs"):
-    logging.getLogger(_name).addFilter(_OneSentence())
+logs.without_tracebacks()
 
 
 def _may_pass(_task: Any, _run: TaskRun, state: State) -> bool:

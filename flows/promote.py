@@ -4,13 +4,21 @@ import argparse
 import sys
 from typing import Any
 
+import flows  # noqa: F401  # settles Prefect's environment: before the import of prefect
+
+# isort: split
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import State
 
-from lyrics.errors import InputError, RetryableError
+from flows import logs
+from lyrics.errors import RetryableError
+from lyrics.evaluate.again import evaluate_again
+from lyrics.stage import one_sentence
 from lyrics.track import promotion
+
+logs.without_tracebacks()
 
 
 def _only_retryable(_task: Any, _run: Any, state: State) -> bool:
@@ -19,12 +27,8 @@ def _only_retryable(_task: Any, _run: Any, state: State) -> bool:
 
 
 @task(name="gates", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=_only_retryable)
-def check_gates(version: int | None) -> Any:
-    """A refusal is a failed state with its sentence, not a traceback."""
-    try:
-        return promotion.check(version)
-    except InputError as error:
-        return Failed(message=str(error))
+def check_gates(version: int | None) -> promotion.Verdict:
+    return promotion.check(version, evaluate_again=evaluate_again)
 
 
 @task(name="alias", cache_policy=NO_CACHE)
@@ -39,36 +43,30 @@ def write_audit_trail(verdict: promotion.Verdict, reason: str) -> None:
 
 
 @task(name="rollback", cache_policy=NO_CACHE)
-def roll_back(reason: str) -> Any:
-    try:
-        return promotion.rollback(reason)
-    except InputError as error:
-        return Failed(message=str(error))
+def roll_back(reason: str) -> promotion.Rollback:
+    return promotion.rollback(reason)
 
 
 @flow(name="promote")
-def promote(version: int | None = None, rollback: bool = False, reason: str = "") -> Any:
+def promote(version: int | None = None, rollback: bool = False, reason: str = "") -> str:
     """Make a registered version (the candidate, if None) the champion, or bring the former champion back."""
-    state: State = roll_back(reason, return_state=True) if rollback else check_gates(version, return_state=True)
-    if state.is_failed():
-        return Failed(message=state.message)
-    outcome = state.result()
-    if not rollback:
-        move_alias(outcome)
-        write_audit_trail(outcome, reason)
-    return Completed(message=str(outcome))
+    if rollback:
+        return str(roll_back(reason))
+    verdict = check_gates(version)
+    move_alias(verdict)
+    write_audit_trail(verdict, reason)
+    return str(verdict)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m flows.promote", description=promote.__doc__)
     parser.add_argument("--version", type=int, help="a registered version; the candidate if left out")
     parser.add_argument("--rollback", action="store_true", help="make the former champion champion again")
     parser.add_argument("--reason", default="", help="kept in the audit trail")
     chosen = parser.parse_args(arguments)
-    state: Any = promote(chosen.version, chosen.rollback, chosen.reason, return_state=True)
-    print(state.message, file=sys.stdout if state.is_completed() else sys.stderr)
-    return 0 if state.is_completed() else 2
+    print(promote(chosen.version, chosen.rollback, chosen.reason))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_sentence():
+        main(sys.argv[1:])

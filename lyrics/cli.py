@@ -159,9 +159,13 @@ def promote(
     reason: Annotated[str, typer.Option(help="Kept in the audit trail.")] = "",
 ) -> None:
     """Make a version the champion if it passes the gates of params/promote."""
+    from lyrics.evaluate.again import evaluate_again
     from lyrics.track import promotion
 
-    print(promotion.rollback(reason) if rollback else promotion.promote(version, reason=reason))
+    if rollback:
+        print(promotion.rollback(reason))
+    else:
+        print(promotion.promote(version, evaluate_again=evaluate_again, reason=reason))
 
 
 @app.command(rich_help_panel=USE)

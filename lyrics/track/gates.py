@@ -68,7 +68,7 @@ def no_worse(
     """One gate per task: it fails where the paired-bootstrap interval of (candidate - champion) lies below zero.
 
     Raises:
-        InputError: the two were not scored on the same samples.
+        InputError: the two were not scored on the same samples, or on none.
     """
     ours, theirs = {s.sample_id: s for s in candidate}, {s.sample_id: s for s in champion}
     if ours.keys() != theirs.keys():
@@ -76,6 +76,8 @@ def no_worse(
             f"The candidate was scored on {len(ours)} samples and the champion on {len(theirs)}, of which "
             f"{len(ours.keys() & theirs.keys())} are the same; a paired comparison needs the same samples"
         )
+    if not ours:
+        raise InputError("The candidate was scored on no sample, so it cannot be compared with the champion")
     gates = []
     for task in sorted({sample.task for sample in ours.values()}):
         pairs = [(s.image_id, s.score - theirs[s.sample_id].score) for s in ours.values() if s.task == task]

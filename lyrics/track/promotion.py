@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,26 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FORMER_TAG = "former_champion"
-# Given a version, scores it on the test set that is here now; returns a folder laid out as reports/.
-EvaluateAgain = Callable[[int], Path]
+# Scores a version on the present data of a split; returns a folder laid out as reports/. Whoever promotes must bring
+# it, because this package knows nothing of models: lyrics.evaluate.again has it.
+EvaluateAgain = Callable[[int, str], Path]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gates say about `version`. `former` is the champion of now; `already` that it is `version` itself."""
+    """What the gates say about `version`.
+
+    Attributes:
+        former: the champion of now.
+        already: it is `version` itself, so there was nothing to compare.
+        scored_again: the versions whose logged scores were of another test set than those they were compared with.
+    """
 
     version: int
     former: int | None
     gates: tuple[gates.Gate, ...]
     already: bool = False
+    scored_again: tuple[int, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -38,7 +46,28 @@ class Verdict:
         if self.already:
             return f"{NAME} version {self.version} is the champion already; nothing changed"
         before = f"in place of version {self.former}" if self.former else "the first"
-        return "\n".join([*map(str, self.gates), f"{NAME} version {self.version} is champion, {before}"])
+        return "\n".join(
+            [*_said_again(self), *map(str, self.gates), f"{NAME} version {self.version} is champion, {before}"]
+        )
+
+    def refusal(self) -> str:
+        """Which gates failed, by how much, and that everything stays as it was."""
+        failed = [f"{gate.name}: {gate.detail}" for gate in self.gates if not gate.passed]
+        stays = f"version {self.former} stays champion" if self.former else "there is still no champion"
+        passed = len(self.gates) - len(failed)
+        return "\n  ".join(
+            [
+                f"{NAME} version {self.version} was not promoted; nothing changed, {stays}. It passed {passed} of "
+                f"{len(self.gates)} gates and failed:",
+                *failed,
+                *_said_again(self),
+            ]
+        )
+
+
+def _said_again(verdict: Verdict) -> list[str]:
+    again = " and ".join(f"version {number}" for number in verdict.scored_again)
+    return [f"({again} scored again on the test set that is here now)"] if again else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +82,8 @@ class Rollback:
 def promote(
     version: int | None = None,
     *,
+    evaluate_again: EvaluateAgain,
     settings: configuration.Promote | None = None,
-    evaluate_again: EvaluateAgain | None = None,
     reason: str = "",
 ) -> Verdict:
     """Make a version (the candidate, if None) the champion, if it passes every gate.
@@ -62,7 +91,7 @@ def promote(
     Raises:
         InputError: a gate refused it (nothing was changed), or there is no such version.
     """
-    verdict = check(version, settings=settings, evaluate_again=evaluate_again)
+    verdict = check(version, evaluate_again=evaluate_again, settings=settings)
     move(verdict)
     write_audit(verdict, reason)
     return verdict
@@ -71,10 +100,10 @@ def promote(
 def check(
     version: int | None = None,
     *,
+    evaluate_again: EvaluateAgain,
     settings: configuration.Promote | None = None,
-    evaluate_again: EvaluateAgain | None = None,
 ) -> Verdict:
-    """The gates, without changing anything.
+    """The gates, without changing anything. All are asked of one and the same test set.
 
     Raises:
         InputError: names every gate that refused the version, and by how much.
@@ -88,16 +117,26 @@ def check(
         number, champion = int(chosen.version), versions.by_alias(client, CHAMPION)
         if champion is not None and int(champion.version) == number:
             return Verdict(version=number, former=number, gates=(), already=True)
-        passed = gates.floors(_evaluation(client, chosen), settings.split, settings.minimum)
-        if champion is not None:
-            ours, theirs = _paired_scores(client, chosen, champion, settings.split, evaluate_again)
+        again: tuple[int, ...] = ()
+        if champion is None:
+            passed = gates.floors(_evaluation(client, chosen), settings.split, settings.minimum)
+        else:
+            ours, theirs, again = _on_one_test_set(client, chosen, champion, settings.split, evaluate_again)
+            passed = gates.floors(ours.evaluation, settings.split, settings.minimum)
             passed += gates.no_worse(
-                ours, theirs, bootstrap_samples=settings.bootstrap_samples, confidence=settings.confidence
+                ours.samples,
+                theirs.samples,
+                bootstrap_samples=settings.bootstrap_samples,
+                confidence=settings.confidence,
             )
-    verdict = Verdict(version=number, former=int(champion.version) if champion else None, gates=tuple(passed))
+    verdict = Verdict(
+        version=number,
+        former=int(champion.version) if champion else None,
+        gates=tuple(passed),
+        scored_again=again,
+    )
     if not verdict.passed:
-        failed = "\n  ".join(f"{gate.name}: {gate.detail}" for gate in verdict.gates if not gate.passed)
-        raise InputError(f"{NAME} version {number} was not promoted; nothing changed. It did not pass:\n  {failed}")
+        raise InputError(verdict.refusal())
     return verdict
 
 
@@ -118,7 +157,8 @@ def write_audit(verdict: Verdict, reason: str = "") -> None:
     """Say on both versions, and in the model's trail, what happened when and why."""
     if verdict.already:
         return
-    reason = reason or "passed the gates: " + ("; ".join(gate.name for gate in verdict.gates) or "none configured")
+    passed = "; ".join(gate.name for gate in verdict.gates) or "none configured"
+    reason = reason or " ".join([f"passed the gates: {passed}", *_said_again(verdict)])
     client = server.connect()
     with server.reachable():
         _audit(client, "promote", verdict.version, verdict.former, reason)
@@ -160,11 +200,6 @@ def _evaluation(client: "MlflowClient", version: "ModelVersion") -> Mapping[str,
     return io.read_json(_report(client, version, "evaluation.json"))
 
 
-def _test_set(client: "MlflowClient", version: "ModelVersion", split: str) -> str | None:
-    """The content hash of the split that a version was scored on."""
-    return _evaluation(client, version).get("data", {}).get(split, {}).get("sha256")
-
-
 def _report(client: "MlflowClient", version: "ModelVersion", name: str) -> Path:
     """One file of the reports that were logged with a version."""
     from mlflow.exceptions import MlflowException
@@ -177,28 +212,54 @@ def _report(client: "MlflowClient", version: "ModelVersion", name: str) -> Path:
         ) from error
 
 
-def _paired_scores(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """What one version scored on the split of the gates; `sha256` is that of the split's raw data."""
+
+    evaluation: Mapping[str, Any]
+    samples: Sequence[gates.SampleScore]
+    sha256: str | None
+
+    @classmethod
+    def read(cls, evaluation: Path, samples: Path, split: str) -> "_Scores":
+        values = io.read_json(evaluation)
+        sha256 = values.get("data", {}).get(split, {}).get("sha256")
+        return cls(evaluation=values, samples=gates.read_scores(samples), sha256=sha256)
+
+    def comparable(self, other: "_Scores") -> bool:
+        """Of the same data, the same choice of samples, and captions cut into words in the same way."""
+        tokenizers = {scores.evaluation.get("tokenizer") for scores in (self, other)}
+        ids = [{sample.sample_id for sample in scores.samples} for scores in (self, other)]
+        return self.sha256 is not None and self.sha256 == other.sha256 and len(tokenizers) == 1 and ids[0] == ids[1]
+
+
+def _on_one_test_set(
     client: "MlflowClient",
     candidate: "ModelVersion",
     champion: "ModelVersion",
     split: str,
-    evaluate_again: EvaluateAgain | None,
-) -> tuple[list[gates.SampleScore], list[gates.SampleScore]]:
-    """Per-sample scores of both on one test set: as logged where its hash is the same, else measured again here."""
-    wanted = _test_set(client, candidate, split)
-    if wanted is not None and wanted == _test_set(client, champion, split):
-        logged = [gates.read_scores(_report(client, v, f"samples/{split}.parquet")) for v in (candidate, champion)]
-        if {s.sample_id for s in logged[0]} == {s.sample_id for s in logged[1]}:
-            return logged[0], logged[1]
-    here = io.sha256_tree(RAW / split) if (RAW / split).is_dir() else None
-    if evaluate_again is None:
-        raise InputError(
-            f"{NAME} version {champion.version} (the champion) was scored on another {split} set than version "
-            f"{candidate.version}; it must be evaluated again, which `python -m lyrics promote` does"
-        )
-    again = {
-        v.version: gates.read_scores(evaluate_again(int(v.version)) / "samples" / f"{split}.parquet")
-        for v in ((champion,) if here == wanted else (candidate, champion))
+    evaluate_again: EvaluateAgain,
+) -> tuple[_Scores, _Scores, tuple[int, ...]]:
+    """Scores of candidate and champion, as logged where these can be compared, and which were measured again here."""
+    name = f"samples/{split}.parquet"
+    scores = {
+        int(v.version): _Scores.read(_report(client, v, "evaluation.json"), _report(client, v, name), split)
+        for v in (champion, candidate)
     }
-    ours = again.get(candidate.version) or gates.read_scores(_report(client, candidate, f"samples/{split}.parquet"))
-    return ours, again[champion.version]
+    ours, theirs = int(candidate.version), int(champion.version)
+    again = []
+    if not scores[ours].comparable(scores[theirs]):
+        here = io.sha256_tree(RAW / split) if (RAW / split).is_dir() else None
+        # Whichever is of another test set than the one here comes first; often the other one's scores hold then.
+        for number in sorted(scores, key=lambda number: scores[number].sha256 == here):
+            folder = evaluate_again(number, split)
+            scores[number] = _Scores.read(folder / "evaluation.json", folder / name, split)
+            again.append(number)
+            if scores[ours].comparable(scores[theirs]):
+                break
+        else:
+            raise InputError(
+                f"{NAME} versions {theirs} and {ours} could not be scored on the same {split} set: {RAW / split} "
+                "changed meanwhile; promote again"
+            )
+    return scores[ours], scores[theirs], tuple(again)

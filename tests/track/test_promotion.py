@@ -13,12 +13,20 @@ from lyrics.track import gates, registry, server, versions
 SETTINGS = Promote(split="test", minimum={"vqa_accuracy": 0.5}, bootstrap_samples=500, confidence=0.95)
 
 
+def never(version: int, split: str) -> Path:
+    raise AssertionError(f"version {version} was scored again, though nothing asks for it")
+
+
 @pytest.fixture
 def two_versions(sources, make_model):
     """Version 1 answers 70 % rightly, version 2 (the candidate) 90 %."""
     for quality in (0.7, 0.9):
         make_model(quality)
         registry.register({}, sources)
+
+
+def promote(version=None, *, settings=SETTINGS, evaluate_again=never, reason=""):
+    return registry.promote(version, settings=settings, evaluate_again=evaluate_again, reason=reason)
 
 
 def champion() -> int | None:
@@ -33,11 +41,11 @@ def registry_state():
 
 
 def test_promotes_remembers_and_rolls_back(two_versions):
-    assert not registry.promote(1, settings=SETTINGS, reason="the first").already
-    verdict = registry.promote(settings=SETTINGS)
+    assert not promote(1, reason="the first").already
+    verdict = promote()
     assert (verdict.version, verdict.former, champion()) == (2, 1, 2)
     assert "lyrics version 2 is champion, in place of version 1" in str(verdict)
-    again = registry.promote(2, settings=SETTINGS)
+    again = promote(2)
     assert again.already and "is the champion already" in str(again)
 
     client = server.connect()
@@ -56,12 +64,13 @@ def test_promotes_remembers_and_rolls_back(two_versions):
 
 
 def test_significantly_worse_version_is_refused_and_nothing_changes(two_versions):
-    registry.promote(2, settings=SETTINGS)
+    promote(2)
     before = registry_state()
     with pytest.raises(
-        InputError, match=r"version 1 was not promoted; nothing changed(.|\n)*vqa no worse.*by at least"
+        InputError,
+        match=r"version 1 was not promoted; nothing changed, version 2 stays(.|\n)*vqa no worse.*by at least",
     ):
-        registry.promote(1, settings=SETTINGS)
+        promote(1)
     assert registry_state() == before
 
 
@@ -71,50 +80,112 @@ def test_floor_says_by_how_much(two_versions):
     with pytest.raises(
         InputError, match=r"cider >= 1: not measured(.|\n)*vqa_accuracy >= 0\.95: 0\.9000, short by 0\.0500"
     ):
-        registry.promote(settings=strict)
+        promote(settings=strict)
     assert registry_state() == before and champion() is None
 
 
-def test_champion_is_evaluated_again_on_another_test_set(two_versions, sources, make_model, tmp_path, write_reports):
-    registry.promote(2, settings=SETTINGS)
-    io.write_text(Path("data/raw/test/captions.json"), "harder questions")
+@pytest.fixture
+def again(tmp_path, write_reports):
+    """Scores a version on the present set as `again.quality` says; `again.asked` are the versions asked for."""
+
+    def evaluate_again(version: int, split: str) -> Path:
+        assert split == "test"
+        evaluate_again.asked.append(version)
+        return write_reports(tmp_path / "again" / str(version), evaluate_again.quality[version])
+
+    evaluate_again.asked, evaluate_again.quality = [], {}
+    return evaluate_again
+
+
+def change_test_set(questions):
+    io.write_text(Path("data/raw/test/captions.json"), questions)
+
+
+def test_champion_is_evaluated_again_on_another_test_set(two_versions, sources, make_model, again):
+    promote(2)
+    change_test_set("harder questions")
     make_model(0.8)
     assert registry.register({}, sources).version == 3
-    with pytest.raises(InputError, match=r"version 2 \(the champion\) was scored on another test set"):
-        registry.promote(3, settings=SETTINGS)
-    asked = []
-
-    def evaluate_again(version: int) -> Path:
-        asked.append(version)
-        return write_reports(tmp_path / "again", 0.6)
-
-    assert registry.promote(3, settings=SETTINGS, evaluate_again=evaluate_again).former == 2
-    assert asked == [2], "the candidate was scored on the present set already"
+    again.quality = {2: 0.6}
+    verdict = promote(3, evaluate_again=again)
+    assert verdict.former == 2 and verdict.scored_again == (2,)
+    assert again.asked == [2], "the candidate was scored on the present set already"
+    assert "vqa no worse than the champion: +0.2000" in str(verdict), "0.8 against 0.6, not against the logged 0.9"
+    assert "version 2 scored again" in versions.audit_trail(server.connect())[-1]["reason"]
 
 
-def test_an_old_candidate_is_evaluated_again_too(two_versions, sources, make_model, tmp_path, write_reports):
-    """Version 3 was scored on another set than the champion, and neither set is the one that is here now."""
-    registry.promote(2, settings=SETTINGS)
-    io.write_text(Path("data/raw/test/captions.json"), "harder questions")
+def test_a_champion_that_is_better_on_the_present_set_stays(two_versions, sources, make_model, again):
+    promote(1)
+    change_test_set("other questions")
     make_model(0.8)
     registry.register({}, sources)
-    io.write_text(Path("data/raw/test/captions.json"), "the hardest questions")
-    quality = {3: 0.9, 2: 0.6}
-    asked = []
+    before = registry_state()
+    again.quality = {1: 1.0}
+    with pytest.raises(InputError) as refused:
+        promote(3, evaluate_again=again)
+    assert registry_state() == before
+    said = str(refused.value)
+    assert "version 1 stays champion. It passed 1 of 2 gates and failed:" in said
+    assert "vqa no worse than the champion: -0.2000" in said and "worse than the champion by at least" in said
+    assert "version 1 scored again on the test set that is here now" in said
 
-    def evaluate_again(version: int) -> Path:
-        asked.append(version)
-        return write_reports(tmp_path / str(version), quality[version])
 
-    registry.promote(3, settings=SETTINGS, evaluate_again=evaluate_again)
-    assert sorted(asked) == [2, 3] and champion() == 3
+def test_an_old_candidate_is_evaluated_again_too(two_versions, sources, make_model, again):
+    """Version 3 was scored on another set than the champion, and neither set is the one that is here now."""
+    promote(2)
+    change_test_set("harder questions")
+    make_model(0.8)
+    registry.register({}, sources)
+    change_test_set("the hardest questions")
+    again.quality = {3: 0.45, 2: 0.3}
+    with pytest.raises(InputError, match=r"vqa_accuracy >= 0\.5: 0\.4500, short by 0\.0500\n.*version 2 and version 3"):
+        promote(3, evaluate_again=again)
+    again.quality[3] = 0.9
+    promote(3, evaluate_again=again)
+    assert again.asked == [2, 3] * 2 and champion() == 3
+
+
+def test_only_the_version_of_another_test_set_is_evaluated_again(two_versions, sources, make_model, again):
+    """An old version is wanted back; the champion was scored on the present set."""
+    change_test_set("other questions")
+    make_model(0.8)
+    registry.register({}, sources)
+    promote(3)
+    again.quality = {1: 0.85}
+    assert promote(1, evaluate_again=again).scored_again == (1,)
+    assert again.asked == [1] and champion() == 1
+
+
+def test_another_choice_of_samples_is_another_test_set(two_versions, sources, make_model, again):
+    """The data are the same, but the champion was scored on more samples than are chosen now."""
+    promote(2)
+    make_model(0.8, samples=100)
+    registry.register({}, sources)
+    again.quality = {2: 0.6, 3: 0.8}
+    assert promote(3, evaluate_again=again).scored_again == (2, 3)
+
+
+def test_a_test_set_that_changes_meanwhile_is_refused(two_versions, sources, make_model, again):
+    promote(2)
+    change_test_set("harder questions")
+    make_model(0.8)
+    registry.register({}, sources)
+    again.quality = {2: 0.6, 3: 0.8}
+
+    def restless(version: int, split: str) -> Path:
+        change_test_set(f"questions while version {version} is scored")
+        return again(version, split)
+
+    with pytest.raises(InputError, match=r"versions 2 and 3 could not be scored on the same test set.*promote again"):
+        promote(3, evaluate_again=restless)
+    assert champion() == 2
 
 
 def test_unknown_version_and_empty_registry(project):
     with pytest.raises(InputError, match="no candidate to promote; register one"):
-        registry.promote(settings=SETTINGS)
+        promote()
     with pytest.raises(InputError, match="no version 9"):
-        registry.promote(9, settings=SETTINGS)
+        promote(9)
     with pytest.raises(InputError, match="no champion"):
         registry.rollback()
 
@@ -136,6 +207,8 @@ def test_equal_scores_pass_and_unpaired_ones_are_refused(project, tmp_path, writ
     assert gate.passed and gate.detail.startswith("+0.0000")
     with pytest.raises(InputError, match="scored on 199 samples and the champion on 200, of which 199 are the same"):
         gates.no_worse(scores[1:], scores, bootstrap_samples=100, confidence=0.95)
+    with pytest.raises(InputError, match="scored on no sample"):
+        gates.no_worse([], [], bootstrap_samples=100, confidence=0.95)
 
 
 def test_scores_without_columns_are_refused(tmp_path):
