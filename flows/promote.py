@@ -43,15 +43,15 @@ def write_audit_trail(verdict: promotion.Verdict, reason: str) -> None:
 
 
 @task(name="rollback", cache_policy=NO_CACHE)
-def roll_back(reason: str) -> promotion.Rollback:
-    return promotion.rollback(reason)
+def roll_back(version: int | None, reason: str) -> promotion.Rollback:
+    return promotion.rollback(reason, version=version)
 
 
 @flow(name="promote")
 def promote(version: int | None = None, rollback: bool = False, reason: str = "") -> str:
     """Make a registered version (the candidate, if None) the champion, or bring the former champion back."""
     if rollback:
-        return str(roll_back(reason))
+        return str(roll_back(version, reason))
     verdict = check_gates(version)
     move_alias(verdict)
     write_audit_trail(verdict, reason)

@@ -163,7 +163,7 @@ def promote(
     from lyrics.track import promotion
 
     if rollback:
-        print(promotion.rollback(reason))
+        print(promotion.rollback(reason, version=version))
     else:
         print(promotion.promote(version, evaluate_again=evaluate_again, reason=reason))
 

@@ -53,7 +53,7 @@ def evaluate_again(version: int, split: str) -> Path:
                 shutil.rmtree(other)
         finished = work / "finished"
         if not finished.exists():
-            print(f"lyrics: {files.label} is scored on {raw} as it is now; this takes a while", file=sys.stderr)
+            print(f"lyrics: version {version} is scored on {raw} as it is now; this takes a while", file=sys.stderr)
             _evaluate(config, files, raw, work)
             (work / "out").rename(finished)
         for rest in work.iterdir():  # features and answers, also those of a process killed here

@@ -82,7 +82,7 @@ def no_worse(
     for task in sorted({sample.task for sample in ours.values()}):
         pairs = [(s.image_id, s.score - theirs[s.sample_id].score) for s in ours.values() if s.task == task]
         mean, low, high = paired_interval(pairs, bootstrap_samples=bootstrap_samples, confidence=confidence)
-        detail = f"{mean:+.4f} (interval {low:+.4f} to {high:+.4f}, n = {len(pairs)})"
+        detail = f"{mean:+.4f} ({100 * confidence:g} % interval {low:+.4f} to {high:+.4f}, n = {len(pairs)})"
         if high < 0:
             detail += f"; worse than the champion by at least {-high:.4f}"
         gates.append(Gate(name=f"{task} no worse than the champion", passed=high >= 0, detail=detail))

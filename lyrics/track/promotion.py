@@ -164,11 +164,14 @@ def write_audit(verdict: Verdict, reason: str = "") -> None:
         _audit(client, "promote", verdict.version, verdict.former, reason)
 
 
-def rollback(reason: str = "") -> Rollback:
+def rollback(reason: str = "", *, version: int | None = None) -> Rollback:
     """Make the former champion the champion again.
 
+    Args:
+        version: what the caller takes for the former champion, if one was named.
+
     Raises:
-        InputError: there is no champion, or it had no predecessor.
+        InputError: there is no champion, or it had no predecessor, or that is not `version`.
     """
     client = server.connect()
     with versions.exclusive(), server.reachable():
@@ -179,6 +182,11 @@ def rollback(reason: str = "") -> Rollback:
         if not former:
             raise InputError(
                 f"{NAME} version {champion.version} replaced no champion; there is nothing to roll back to"
+            )
+        if version is not None and version != int(former):
+            raise InputError(
+                f"A rollback would restore version {former}, not version {version}; nothing changed. Leave the number "
+                f"out, or leave --rollback out to have version {version} pass the gates"
             )
         restored = int(versions.by_number(client, int(former)).version)
         client.set_registered_model_alias(NAME, CHAMPION, str(restored))

@@ -170,7 +170,7 @@ def test_the_command_line_scores_again_promotes_and_refuses(here, sources, make_
     assert "vqa no worse than the champion: +0.5000" in promoted.stdout
     assert "(version 1 and version 2 scored again on the test set that is here now)" in promoted.stdout
     assert "lyrics version 2 is champion, in place of version 1" in promoted.stdout
-    assert "lyrics version 1 is scored on data/raw/test as it is now" in promoted.stderr
+    assert "lyrics: version 1 is scored on data/raw/test as it is now" in promoted.stderr
     assert champion() == 2
     refused = lyrics("promote", "1")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr

@@ -53,6 +53,8 @@ def test_promotes_remembers_and_rolls_back(two_versions):
     assert now["former_champion"] == "1" and now["champion_since"] and "vqa" in now["champion_reason"]
     assert before["replaced_by"] == "2" and before["champion_until"] and before["champion_reason"] == "the first"
 
+    with pytest.raises(InputError, match=r"would restore version 1, not version 2; nothing changed"):
+        registry.rollback(version=2)
     back = registry.rollback("answers got slower")
     assert (back.restored, back.replaced, champion()) == (1, 2, 1)
     trail = versions.audit_trail(server.connect())
