@@ -35,7 +35,7 @@ class SceneObject:
     rgb: tuple[int, int, int]
     box_xyxy: tuple[int, int, int, int]
 
-    @property
+    @functools.cached_property
     def center(self) -> tuple[float, float]:
         x0, y0, x1, y1 = self.box_xyxy
         return (x0 + x1) / 2, (y0 + y1) / 2
@@ -124,19 +124,20 @@ def sample_scene(
         item = _place(generator, placed, _choose_kind(generator, theme, placed), ood, image_size_px)
         if item is not None:
             placed.append(item)
-    boxes = [_tight_box(mask) for mask in _visible(placed, image_size_px)]
-    objects = tuple(dataclasses.replace(item, box_xyxy=box) for item, box in zip(placed, boxes, strict=True))
+    owner = _owner(placed, image_size_px)
+    objects = tuple(dataclasses.replace(o, box_xyxy=_tight_box(owner, i, o.box_xyxy)) for i, o in enumerate(placed))
     return Scene(image_size_px=image_size_px, ood=ood, ground=_sample_ground(generator, ood), objects=objects)
 
 
 def masks(scene: Scene) -> np.ndarray:
     """Visible pixels of each object, (objects, height, width) bool."""
-    return _visible(scene.objects, scene.image_size_px)
+    indices = np.arange(len(scene.objects), dtype=np.int16)
+    return _owner(scene.objects, scene.image_size_px)[None] == indices[:, None, None]
 
 
 def render(scene: Scene) -> Image.Image:
     size = scene.image_size_px
-    canvas = _draw_ground(scene.ground, size).astype(np.float32)
+    canvas = _draw_ground(scene.ground, size)
     for item in scene.objects:
         coverage = glyph(item.kind, item.side_px)
         area = np.s_[item.top : item.top + coverage.shape[0], item.left : item.left + coverage.shape[1]]
@@ -155,8 +156,14 @@ def _choose_kind(generator: np.random.Generator, theme: tuple[str, ...], placed:
     if placed and generator.random() < 0.25:
         return placed[int(generator.integers(len(placed)))].kind
     pool = theme if generator.random() < 0.5 else tuple(vocabulary.KINDS)
+    return pool[int(generator.choice(len(pool), p=_popularity(pool)))]
+
+
+@functools.cache
+def _popularity(pool: tuple[str, ...]) -> np.ndarray:
+    """The probability of each kind of `pool`."""
     weights = np.array([vocabulary.POPULARITY[kind] for kind in pool])
-    return pool[int(generator.choice(len(pool), p=weights / weights.sum()))]
+    return weights / weights.sum()
 
 
 def _place(
@@ -166,8 +173,8 @@ def _place(
     colors = vocabulary.colors_of(kind, ood)
     color = colors[int(generator.integers(len(colors)))]
     size: vocabulary.Size = "large" if generator.random() < (0.25 if ood else 0.5) else "small"
-    jitter = generator.integers(-8, 9, size=3)
-    rgb = tuple(int(v) for v in np.clip(np.array(vocabulary.COLORS[color]) + jitter, 0, 255))
+    jitter = generator.integers(-8, 9, size=3).tolist()
+    rgb = tuple(min(max(v + j, 0), 255) for v, j in zip(vocabulary.COLORS[color], jitter, strict=True))
     for attempt in range(_TRIES):
         if attempt == _TRIES // 2:
             size = "small"
@@ -193,18 +200,21 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> floa
     return max(0, width) * max(0, height) / smaller
 
 
-def _visible(objects: tuple[SceneObject, ...] | list[SceneObject], image_size_px: int) -> np.ndarray:
-    """Masks of what is left of each object after the later ones were drawn over it."""
+def _owner(objects: tuple[SceneObject, ...] | list[SceneObject], image_size_px: int) -> np.ndarray:
+    """For each pixel the index of the object that is seen there, the last one drawn; -1 for the ground."""
     owner = np.full((image_size_px, image_size_px), -1, dtype=np.int16)
     for index, item in enumerate(objects):
         drawn = glyph(item.kind, item.side_px) >= _DRAWN
         owner[item.top : item.top + drawn.shape[0], item.left : item.left + drawn.shape[1]][drawn] = index
-    return owner[None] == np.arange(len(objects), dtype=np.int16)[:, None, None]
+    return owner
 
 
-def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def _tight_box(owner: np.ndarray, index: int, drawn_xyxy: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Around what is left of object `index` where it was drawn."""
+    left, top, right, bottom = drawn_xyxy
+    mask = owner[top:bottom, left:right] == index
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+    return left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1
 
 
 def _sample_ground(generator: np.random.Generator, ood: bool) -> Ground:
@@ -223,7 +233,8 @@ def _sample_ground(generator: np.random.Generator, ood: bool) -> Ground:
 
 
 def _draw_ground(ground: Ground, size: int) -> np.ndarray:
-    ys, xs = np.mgrid[0:size, 0:size] + ground.phase
+    """(size, size, 3) float32."""
+    ys, xs = (axis + ground.phase for axis in np.ogrid[0:size, 0:size])  # each along its own axis only
     along, across = (xs, ys) if ground.vertical else (ys, xs)
     period = ground.period
     if ground.texture == "stripes":
@@ -240,5 +251,6 @@ def _draw_ground(ground: Ground, size: int) -> np.ndarray:
     elif ground.texture == "speckles":
         second = (xs * 7919 + ys * 104729 + (xs * ys) % 251 * 31) % 13 < 2
     else:
-        second = np.zeros((size, size), dtype=bool)
-    return np.array([ground.rgb, ground.rgb_second], dtype=np.uint8)[second.astype(np.intp)]
+        second = np.zeros((1, 1), dtype=bool)
+    both = np.array([ground.rgb, ground.rgb_second], dtype=np.float32)
+    return both.take(np.broadcast_to(second, (size, size)), axis=0)
