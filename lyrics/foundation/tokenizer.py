@@ -15,6 +15,8 @@ from lyrics.stage import Tracker
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +50,7 @@ def train_wordpiece(lines: Iterable[str], vocabulary_size: int) -> "Tokenizer":
             "the special tokens, numbers and signs that are always in it"
         )
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    words = count_words(lines, normalizer, splitter)
     merges = Tokenizer(models.BPE())
     merges.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, show_progress=False)
@@ -78,11 +80,21 @@ def train_wordpiece(lines: Iterable[str], vocabulary_size: int) -> "Tokenizer":
     return tokenizer
 
 
+def count_words(lines: Iterable[str], normalizer: "Normalizer", splitter: "PreTokenizer") -> "Counter[str]":
+    """How often each word is found. What stands between spaces is split once, not as often as it is found."""
+    words: Counter[str] = Counter()
+    for text, count in Counter(text for line in lines for text in line.split(" ")).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            words[word] += count
+    return words
+
+
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.tokenizer, work / "out"
     licence = OWN_LICENCE
     if part.source == "fitted":
-        tokenizer = train_wordpiece(_foundation_text(), part.vocabulary_size)
+        lines = _foundation_text()
+        tokenizer = train_wordpiece(lines, part.vocabulary_size)
         tokenizer.save(str(out / _FILE))
     else:
         fetched = (
@@ -94,7 +106,7 @@ def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     loaded = load_text_tokenizer(out)
     quality = {"vocabulary_size": float(len(loaded))}
     if part.source == "fitted":
-        quality |= _quality(loaded)
+        quality |= _quality(loaded, lines[-2000:])
     state = bert_state(out) or {}
     return Made(
         source=part.source,
@@ -130,9 +142,8 @@ def _foundation_text() -> list[str]:
     return corpus.read_text().splitlines() + captions
 
 
-def _quality(tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
+def _quality(tokenizer: "PreTrainedTokenizerFast", lines: list[str]) -> dict[str, float]:
     """Tokens per word and the share of unknown tokens in the captions (as the fit saw them: no text is held out)."""
-    lines = _foundation_text()[-2000:]
     ids = [token for line in tokenizer(lines, add_special_tokens=False)["input_ids"] for token in line]
     words = sum(len(line.split()) for line in lines)
     unknown = sum(token == tokenizer.unk_token_id for token in ids)
@@ -151,7 +162,9 @@ def load_text_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 def bert_state(folder: Path) -> "dict[str, Tensor] | None":
     """The weights of a BERT, under their own names, where the part has them."""
-    from safetensors.torch import load_file
-
     path = Path(folder) / _BERT
-    return load_file(path) if path.exists() else None
+    if not path.exists():
+        return None
+    from safetensors.torch import load_file  # brings torch, which a fitted tokenizer does without
+
+    return load_file(path)

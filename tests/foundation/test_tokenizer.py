@@ -1,7 +1,14 @@
 import json
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from lyrics.errors import InputError
 from lyrics.foundation import tokenizer as part
@@ -35,6 +42,19 @@ def test_special_tokens_stand_where_bert_puts_them(folder):
 def test_two_fits_are_the_same_bytes(folder, tmp_path):
     part.train_wordpiece(LINES, 200).save(str(tmp_path / "again.json"))
     assert (tmp_path / "again.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@given(lines=st.lists(st.text(st.sampled_from("aÉ\u0301Σ 9;字\t\x1c\u00a0\u3000\r\n\u00ad") | st.characters())))
+def test_words_are_those_that_whole_lines_are_split_into(lines):
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+    whole = Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    assert list(part.count_words(lines, normalizer, splitter).items()) == list(whole.items())
+
+
+def test_a_tokenizer_without_weights_does_not_import_torch(folder):
+    code = "import sys; from pathlib import Path; from lyrics.foundation import tokenizer as part\n"
+    code += "assert part.bert_state(Path(sys.argv[1])) is None and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
 
 
 def test_vocabulary_is_no_larger_than_asked_and_a_too_small_one_is_refused():
