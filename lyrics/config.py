@@ -244,6 +244,7 @@ class Stage2:
     batch_size: int
     spatial_text: Literal["llm", "mq_former"]
     task_shares: dict[str, Fraction] | None
+    caption_steps: int
     without_spatial: Fraction
     loss_average: Literal["tokens", "samples"]
     lora: Lora

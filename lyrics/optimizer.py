@@ -50,9 +50,11 @@ def build(
 
 
 def _inner_matrices(network: nn.Module) -> set[int]:
-    """Ids of the weights of linear layers that are not tied to an embedding."""
+    """Ids of the weights of linear layers, but for those tied to an embedding and the two factors of a LoRA update."""
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    return {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)} - embeddings
+    return {
+        id(m.weight) for name, m in network.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name
+    } - embeddings
 
 
 def scale_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -47,7 +47,11 @@ class LyricsModel(nn.Module):
         return self.projection.linear.weight.device
 
     def query_tokens(self, instructions: Sequence[str], seen: Sequence[SeenImage]) -> Tensor:
-        """tokens_BQE: the queries read instruction and spatial representation while they look at the picture."""
+        """tokens_BQE: what the queries saw, as the language model reads it."""
+        return self.projection(self.query_outputs(instructions, seen))
+
+    def query_outputs(self, instructions: Sequence[str], seen: Sequence[SeenImage]) -> Tensor:
+        """query_BQD: the queries read instruction and spatial representation while they look at the picture."""
         t, limit = self.text_tokenizer, self.mq_former.config.max_text_tokens
         rows = [
             [t.cls, *t.ids(i), t.sep, *t.ids(s.spatial_text)][: limit - 1] + [t.sep]
@@ -56,8 +60,7 @@ class LyricsModel(nn.Module):
         ids_BT, mask_BT = (x.to(self.device) for x in t.pad_rows(rows))
         visual = t.visual_batch(seen).to(self.device)
         memory = self.mq_former.look(visual.image_tokens_BPD, visual.local)
-        query_BQD, _ = self.mq_former("instruction", memory, ids_BT, mask_BT)
-        return self.projection(query_BQD)
+        return self.mq_former("instruction", memory, ids_BT, mask_BT)[0]
 
     def embed(self, sequences: Sequences, tokens_BQE: Tensor) -> Tensor:
         """inputs_BSE with the query tokens in their places."""

@@ -2,7 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
+
+_EPSILON = 1e-3  # of the mean variance: directions that hardly vary are noise, and stay small
 
 
 class Projection(nn.Module):
@@ -18,6 +21,26 @@ class Projection(nn.Module):
         self.linear = nn.Linear(hidden_size, language_width)
         nn.init.normal_(self.linear.weight, std=output_std / math.sqrt(hidden_size))
         nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def start_from(self, query_BQD: Tensor, words_VE: Tensor) -> None:
+        """Start so that outputs for `query_BQD` have the mean and the spread of the language model's words.
+
+        Queries differ little from picture to picture beside what they share, and a language model that finds sixteen
+        constants learns to pass over them. So what they share becomes the words' mean, and what tells pictures apart
+        (the principal directions, each scaled to the same variance) the words' spread.
+        """
+        width, language_width = self.linear.in_features, self.linear.out_features
+        rows_RD = query_BQD.flatten(0, 1).double()
+        mean_D = rows_RD.mean(0)
+        variances_D, directions_DD = torch.linalg.eigh(torch.cov(rows_RD.T))
+        kept = min(width, language_width)
+        scales_K = (variances_D[-kept:] + _EPSILON * variances_D.mean()).rsqrt()
+        rotation_EK = nn.init.orthogonal_(torch.empty(language_width, kept)).double().to(rows_RD.device)
+        weight_ED = rotation_EK @ (directions_DD[:, -kept:] * scales_K).T
+        weight_ED *= words_VE.double().std(0).mean() * math.sqrt(language_width / kept)
+        self.linear.weight.copy_(weight_ED)
+        self.linear.bias.copy_(words_VE.double().mean(0) - weight_ED @ mean_D)
 
     def forward(self, query_BQD: Tensor) -> Tensor:
         return self.linear(query_BQD)

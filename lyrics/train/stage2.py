@@ -26,6 +26,7 @@ from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
 from lyrics.train.stage2_batches import Stage2Data, without_target
 
 TRAIN_SPLIT = "instruct"
+_START_SAMPLES = 256  # on which the projection starts
 log = logging.getLogger(__name__)
 
 
@@ -69,10 +70,16 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         task_shares=settings.task_shares,
         without_spatial=settings.without_spatial,
         spatial_text_in_llm=settings.spatial_text == "llm",
+        caption_steps=settings.caption_steps,
         seed=config.seed,
     )
     log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.weights.items()})
-    model = build(config).to(device).train()
+    model = build(config).to(device)
+    first = data.batch(0, _START_SAMPLES)
+    with torch.no_grad():
+        query_BQD = model.query_outputs(first.instructions, first.seen)
+    model.projection.start_from(query_BQD, model.llm.get_input_embeddings().weight)
+    model.train()
     trainable = trainable_parameters(model)
     _log_counts(model, tracker)
     optimizers = optimizer.build(

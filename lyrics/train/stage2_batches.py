@@ -50,10 +50,12 @@ class Stage2Data:
         task_shares: dict[str, float] | None,
         without_spatial: float,
         spatial_text_in_llm: bool,
+        caption_steps: int = 0,
         seed: int,
     ) -> None:
         self.split, self.coordinate_format, self.seed = split, coordinate_format, seed
         self.without_spatial, self.spatial_text_in_llm = without_spatial, spatial_text_in_llm
+        self.caption_steps = caption_steps
         self.by_task: dict[str, list[Sample]] = {}
         for sample in split.samples:
             self.by_task.setdefault(sample.task, []).append(sample)
@@ -77,11 +79,15 @@ class Stage2Data:
 
     def _draw(self, step: int, slot: int) -> tuple[Sample, str, str, bool]:
         draw = rng(self.seed, "stage2", step, slot)
+        only_captions = step < self.caption_steps and "caption" in self.by_task
         task = list(self.weights)[draw.choice(len(self.weights), p=list(self.weights.values()))]
+        if only_captions:
+            task = "caption"
         sample = self.by_task[task][draw.integers(len(self.by_task[task]))]
         image = self.split.images[sample.image_id]
         choice = int(draw.integers(1 << 30))
         with_spatial = self.spatial_text_in_llm and (task == "refer" or draw.random() >= self.without_spatial)
+        with_spatial = with_spatial and not only_captions
         answer = target(sample, image.width, image.height, self.coordinate_format, choice)
         return sample, instruction(sample, choice), answer, with_spatial
 
