@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _EPSILON = 1e-3  # of the mean variance: directions that hardly vary are noise, and stay small
+_TINY = 1e-12
 
 
 class Projection(nn.Module):
@@ -35,7 +36,7 @@ class Projection(nn.Module):
         mean_D = rows_RD.mean(0)
         variances_D, directions_DD = torch.linalg.eigh(torch.cov(rows_RD.T))
         kept = min(width, language_width)
-        scales_K = (variances_D[-kept:] + _EPSILON * variances_D.mean()).rsqrt()
+        scales_K = (variances_D[-kept:].clamp(min=0) + _EPSILON * variances_D.mean() + _TINY).rsqrt()
         rotation_EK = nn.init.orthogonal_(torch.empty(language_width, kept)).double().to(rows_RD.device)
         weight_ED = rotation_EK @ (directions_DD[:, -kept:] * scales_K).T
         weight_ED *= words_VE.double().std(0).mean() * math.sqrt(language_width / kept)
