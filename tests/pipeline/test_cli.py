@@ -1,5 +1,6 @@
 """The command line: quick, and clear about mistakes."""
 
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +28,19 @@ def test_help_imports_nothing_heavy() -> None:
         assert lyrics("--help").returncode == 0
         fastest = min(fastest, time.perf_counter() - started)
     assert fastest < 3.0  # half a second where the machine is not busy
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_of_torch_soon_sleep_unless_the_user_chose(chosen: dict[str, str], spins: str) -> None:
+    code = "import atexit, os, runpy, sys; sys.argv = ['lyrics', '--help']\n"
+    code += "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules))\n"
+    code += "runpy.run_module('lyrics', run_name='__main__')"
+    inherited = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, env=inherited | chosen)
+    assert said.splitlines()[-1] == f"{spins} False"  # and nobody imports torch before it is set
 
 
 def test_every_stage_has_its_verb() -> None:
