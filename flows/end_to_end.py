@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from flows import logs, stages, summary
 from flows.stages import Outcome, StageError
-from lyrics import config, dag, io
+from lyrics import compose, config, dag, io
 from lyrics.errors import InputError, RetryableError
 from lyrics.process import end_with_me
 from lyrics.stage import one_sentence
@@ -102,7 +102,9 @@ def end_to_end(
     try:
         with filelock.FileLock(LOCK, blocking=False):
             _stop_server_with_me()
-            _choose(preset, data, folder, overrides)
+            settings = _settings(preset, data, folder, overrides)
+            if settings:
+                compose.configure(settings)
             return _run(until, stage_timeout_hours * 3600, push_to_remote)
     except filelock.Timeout:
         raise InputError("another run works in this folder; wait for it to end, or stop it") from None
@@ -111,9 +113,7 @@ def end_to_end(
 def _run(until: str | None, timeout_seconds: float, push_to_remote: bool) -> list[Outcome]:
     from lyrics.track import runs
 
-    pipeline = dag.read()
-    if until is not None and until not in pipeline:
-        raise InputError(f"dvc.yaml has no stage {until}; choices: {', '.join(pipeline)}")
+    pipeline = _pipeline(until)
     wanted = dag.with_upstream(until, pipeline) if until else pipeline
     stale = stages.stale()
     outcomes = []
@@ -136,15 +136,22 @@ def _run(until: str | None, timeout_seconds: float, push_to_remote: bool) -> lis
     return outcomes
 
 
-def _choose(preset: str | None, data: str | None, folder: str | None, overrides: Mapping[str, Any] | None) -> None:
-    from lyrics.compose import configure
+def _pipeline(until: str | None) -> dict[str, dag.Stage]:
+    pipeline = dag.read()
+    if until is not None and until not in pipeline:
+        raise InputError(f"dvc.yaml has no stage {until}; choices: {', '.join(pipeline)}")
+    return pipeline
 
+
+def _settings(
+    preset: str | None, data: str | None, folder: str | None, overrides: Mapping[str, Any] | None
+) -> list[str]:
+    """The choices as `configure` takes them."""
     named = {"preset": preset, "data": data, "folder": folder}
     settings = [f"{key}={value}" for key, value in named.items() if value]
     for key, value in (overrides or {}).items():
         settings.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    if settings:
-        configure(settings)
+    return settings
 
 
 def _stop_server_with_me() -> None:
@@ -164,9 +171,15 @@ def main(arguments: list[str]) -> None:
         if key in ("preset", "data", "folder", "until"):
             parameters[key] = value
         elif key == "push":
+            if value not in ("true", "false"):
+                raise InputError(f"push={value} is unknown; choices: true, false")
             parameters["push_to_remote"] = value == "true"
         else:
             parameters["overrides"][key] = value
+    # What is wrong with the choices is said before Prefect's temporary server is started, which takes seconds.
+    preset, data, folder = (parameters.get(name) for name in ("preset", "data", "folder"))
+    compose.edited(_settings(preset, data, folder, parameters["overrides"]))
+    _pipeline(parameters.get("until"))
     try:
         end_to_end(**parameters)
     except StageError as failure:

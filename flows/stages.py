@@ -197,12 +197,21 @@ def _failure(name: str, token: Path, lines: Sequence[str]) -> StageError:
     if said:
         code, _, sentence = said.partition(" ")
         return StageError(name, int(code), sentence)
+    printed = _own_sentence(lines)
+    if printed:  # a full disk has no room for the token either
+        return StageError(name, 1, printed)
     if said == "":
         return StageError(name, 1, "its process was killed; what it had finished is kept: run the same command again")
     return StageError(name, 1, _error(lines))
 
 
+def _own_sentence(lines: Sequence[str]) -> str | None:
+    """With which a verb ended, if it had one."""
+    return next((line.removeprefix("lyrics: ") for line in reversed(lines) if line.startswith("lyrics: ")), None)
+
+
 def _error(lines: Sequence[str]) -> str:
     """DVC's own sentence among what it printed."""
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or [line for line in lines if line.strip()] or ["DVC failed and said nothing"])[0]
+    said = (errors or [line for line in lines if line.strip()] or ["DVC failed and said nothing"])[0]
+    return stage.full_disk(said) if stage.is_full_disk(OSError(said)) else said

@@ -29,11 +29,28 @@ def _stage(name: str, run: Callable[..., None], *first: Any) -> None:
 
     def body(work: Path) -> None:
         settings = config.load()
+        _check_device(settings.device)
         with runs.stage_run(name, settings) as tracker:
             run(*first, settings, work, tracker)
             tracker.published(work / "out")
 
     run_stage(name, body)
+
+
+def _check_device(name: str) -> None:
+    if name in ("auto", "cpu"):
+        return
+    import torch
+
+    from lyrics.errors import InputError
+
+    kind, _, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else int(torch.backends.mps.is_available())
+    if int(number or 0) >= count:
+        raise InputError(
+            f"device is {name}, but this machine has {count} devices of the kind {kind}; "
+            "take what there is with: python -m lyrics configure device=auto"
+        )
 
 
 @app.command(rich_help_panel=STAGES)
@@ -123,6 +140,11 @@ def ask(
     boxes: Annotated[Path | None, typer.Option(help="Also draw what the refiner saw into this PNG.")] = None,
 ) -> None:
     """Answer a question about a picture by the champion, else the candidate, else the local model."""
+    from lyrics.errors import InputError
+
+    if not image.is_file():  # before the model is imported, which takes seconds
+        found = "is a folder" if image.is_dir() else "does not exist"
+        raise InputError(f"{image} {found}; give the path of a JPEG, PNG or WebP picture")
     from lyrics.inference import ask as answer
 
     said = answer(image, question, boxes)

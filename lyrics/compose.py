@@ -49,6 +49,8 @@ def _compose(choices: dict[str, Any], run: Path) -> dict[str, Any]:
             if key not in groups:
                 _set(composed, key, value, run)
         values = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"A file in {root.name}/ is not valid YAML: {' '.join(str(error).split())}") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(
             f"The configuration in {root.name}/ cannot be composed: {str(error).splitlines()[0]}"
@@ -63,7 +65,7 @@ def read_choices(run: Path) -> dict[str, Any]:
         raise InputError(f"{run} does not exist; restore it with: git checkout {run}")
     try:
         choices = yaml.safe_load(run.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{run} is not valid YAML: {' '.join(str(error).split())}") from None
     return check_choices(choices, run)
 
@@ -81,7 +83,7 @@ def check_choices(choices: Any, run: Path) -> dict[str, Any]:
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -95,7 +97,7 @@ def _set(composed: Any, key: str, value: Any, run: Path) -> None:
     if not isinstance(parent, DictConfig) or (leaf not in parent and parent_key not in _OPEN_MAPPINGS):
         known = sorted(map(str, parent)) if isinstance(parent, DictConfig) else sorted(map(str, composed))
         raise InputError(f"the override {key} in {run} names an unknown key; keys there: {', '.join(known)}")
-    if isinstance(parent.get(leaf), DictConfig):
+    if isinstance(parent.get(leaf), DictConfig) and value is not None:
         raise InputError(
             f"the override {key} in {run} is a group of keys, not a value: {', '.join(map(str, parent[leaf]))}"
         )
@@ -133,6 +135,13 @@ def configure(settings: Sequence[str], run: Path = RUN) -> dict[str, Any]:
     Returns:
         The choices that are now in force.
     """
+    text, choices = edited(settings, run)
+    io.write_text(run, text)
+    return choices
+
+
+def edited(settings: Sequence[str], run: Path = RUN) -> tuple[str, dict[str, Any]]:
+    """What `configure` would write, and the choices in it; nothing is changed."""
     from ruamel.yaml import YAML
 
     editor = YAML()
@@ -143,13 +152,11 @@ def configure(settings: Sequence[str], run: Path = RUN) -> dict[str, Any]:
         _apply(document, setting)
     if "data" in named and "folder" not in named and _reads_no_folder(run.parent, document["data"]):
         document["folder"] = EMBEDDED
-    edited = StringIO()
-    editor.dump(document, edited)
-    text = edited.getvalue()
-    choices = check_choices(yaml.safe_load(text), run)
+    written = StringIO()
+    editor.dump(document, written)
+    choices = check_choices(yaml.safe_load(written.getvalue()), run)
     _compose(choices, run)
-    io.write_text(run, text)
-    return choices
+    return written.getvalue(), choices
 
 
 def _apply(document: dict[str, Any], setting: str) -> None:
@@ -160,7 +167,7 @@ def _apply(document: dict[str, Any], setting: str) -> None:
     elif setting.startswith("~") and setting[1:] in overrides:
         del overrides[setting[1:]]
     elif setting.startswith("~"):
-        raise InputError(f"there is no override {setting[1:]} to forget; overrides: {', '.join(overrides) or 'none'}")
+        raise InputError(f"there is no override {setting[1:]!r} to forget; overrides: {', '.join(overrides) or 'none'}")
     elif not equals or not key:
         raise InputError(
             f"{setting!r} is not of the form key=value (preset=, data=, folder=, or a dotted key of params/)"

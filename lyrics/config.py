@@ -4,11 +4,12 @@ Values live in params/, never here: a field without a value there is an error th
 """
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lyrics.errors import InputError
@@ -16,19 +17,24 @@ from lyrics.errors import InputError
 CONFIG_PATH = Path("build/config.yaml")
 PARAMS = Path("params")
 _FORBID = ConfigDict(extra="forbid")
-Fraction = float
+# What a value may be; a value outside is refused with its name before any stage starts.
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class SceneCounts:
     """Number of scenes in each split of the embedded world."""
 
-    foundation: int
-    web: int
-    instruct: int
-    val: int
-    test: int
-    test_ood: int
+    foundation: Amount
+    web: Amount
+    instruct: Amount
+    val: Amount
+    test: Amount
+    test_ood: Amount
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -46,10 +52,10 @@ class Dirt:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class World:
-    image_size_px: int
-    max_objects: int
-    questions_per_image: int
-    corpus_documents: int
+    image_size_px: Count
+    max_objects: Count
+    questions_per_image: Amount
+    corpus_documents: Amount
     scenes: SceneCounts
     dirt: Dirt
 
@@ -65,7 +71,7 @@ class Data:
     source: Literal["world", "coco"]
     folder: str | None
     splits: dict[str, str]
-    max_images: int | None
+    max_images: Count | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -75,7 +81,7 @@ class TokenizerPart:
     source: Literal["fitted", "wheel", "hub"]
     name: str
     revision: str | None
-    vocabulary_size: int
+    vocabulary_size: Amount
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -83,12 +89,12 @@ class LlmPart:
     source: Literal["fitted", "wheel", "hub"]
     name: str
     revision: str | None
-    hidden_size: int
-    layers: int
-    heads: int
-    steps: int
-    batch_size: int
-    lr: float
+    hidden_size: Amount
+    layers: Amount
+    heads: Amount
+    steps: Amount
+    batch_size: Count
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -98,17 +104,17 @@ class ClipPart:
     source: Literal["fitted", "wheel", "hub"]
     name: str
     revision: str | None
-    image_size_px: int
-    patch_size_px: int
-    hidden_size: int
-    layers: int
-    heads: int
-    text_hidden_size: int
-    text_layers: int
-    projection_size: int
-    epochs: int
-    batch_size: int
-    lr: float
+    image_size_px: Count
+    patch_size_px: Amount
+    hidden_size: Amount
+    layers: Amount
+    heads: Amount
+    text_hidden_size: Amount
+    text_layers: Amount
+    projection_size: Amount
+    epochs: Amount
+    batch_size: Count
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -122,9 +128,9 @@ class TaggerPart:
     name: str
     revision: str | None
     vocabulary: str | None
-    threshold: float
-    epochs: int
-    lr: float
+    threshold: Fraction
+    epochs: Amount
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -132,12 +138,12 @@ class DetectorPart:
     source: Literal["fitted", "file", "annotations"]
     name: str
     sha256: str | None
-    image_size_px: int
-    score_threshold: float
-    nms_iou: float
-    epochs: int
-    batch_size: int
-    lr: float
+    image_size_px: Count
+    score_threshold: Fraction
+    nms_iou: Fraction
+    epochs: Amount
+    batch_size: Count
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -145,10 +151,10 @@ class SegmenterPart:
     source: Literal["fitted", "hub", "annotations"]
     name: str
     revision: str | None
-    image_size_px: int
-    epochs: int
-    batch_size: int
-    lr: float
+    image_size_px: Count
+    epochs: Amount
+    batch_size: Count
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -170,11 +176,11 @@ class Clean:
     checked).
     """
 
-    min_side_px: int
-    max_aspect_ratio: float
-    duplicate_hamming_bits: int
-    min_words: int
-    max_words: int
+    min_side_px: Amount
+    max_aspect_ratio: Positive
+    duplicate_hamming_bits: Amount
+    min_words: Amount
+    max_words: Count
     min_english_probability: Fraction
     max_better_captions: Fraction | None
 
@@ -182,25 +188,25 @@ class Clean:
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Refine:
     coordinate_format: Literal["grid100", "decimal3"]
-    max_objects: int
-    images_per_shard: int
-    batch_size: int
+    max_objects: Count
+    images_per_shard: Count
+    batch_size: Count
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class MQFormer:
     """Sizes of MQ-Former (paper section 2). `cross_attention_every` layers carry cross-attention."""
 
-    visual_queries: int
-    grounding_queries: int
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    cross_attention_every: int
-    max_text_tokens: int
-    dropout: float
-    projection_size: int
+    visual_queries: Amount
+    grounding_queries: Amount
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    intermediate_size: Count
+    cross_attention_every: Count
+    max_text_tokens: Count
+    dropout: Fraction
+    projection_size: Count
     detector_tokens: bool
     segmenter_tokens: bool
 
@@ -208,50 +214,50 @@ class MQFormer:
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Optimizer:
     algorithm: Literal["adamw", "muon"]
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup_steps: int
-    grad_clip: float
+    lr: Rate
+    betas: tuple[Fraction, Fraction]
+    weight_decay: Rate
+    warmup_steps: Amount
+    grad_clip: Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage1:
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     objectives: Literal["all", "alternate"]
     itc_cross_query: bool
-    label_smoothing: float
-    temperature: float
-    mask_probability: float
-    checkpoint_every: int
-    log_every: int
+    label_smoothing: Fraction
+    temperature: Positive
+    mask_probability: Fraction
+    checkpoint_every: Count
+    log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
     optimizer: Optimizer
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Lora:
-    rank: int
-    alpha: int
-    dropout: float
+    rank: Count
+    alpha: Count
+    dropout: Fraction
     target_modules: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage2:
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     spatial_text: Literal["llm", "mq_former"]
     task_shares: dict[str, Fraction] | None
-    caption_steps: int
+    caption_steps: Amount
     without_spatial: Fraction
     loss_average: Literal["tokens", "samples"]
     lora: Lora
-    checkpoint_every: int
-    log_every: int
+    checkpoint_every: Count
+    log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
-    lora_lr: float
+    lora_lr: Rate
     optimizer: Optimizer
 
 
@@ -263,10 +269,10 @@ class Evaluate:
     """
 
     splits: tuple[str, ...]
-    samples_per_split: int | None
-    batch_size: int
-    max_new_tokens: int
-    gallery_size: int
+    samples_per_split: Count | None
+    batch_size: Count
+    max_new_tokens: Count
+    gallery_size: Amount
     meteor: bool
 
 
@@ -276,14 +282,14 @@ class Promote:
 
     split: str
     minimum: dict[str, float]
-    bootstrap_samples: int
-    confidence: float
+    bootstrap_samples: Count
+    confidence: Fraction
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Config:
     preset: str
-    seed: int
+    seed: Amount
     device: str
     data: Data
     world: World
@@ -324,6 +330,8 @@ def _check(config: Config) -> None:
             f"data.splits has the unknown key {', '.join(unknown)}; splits are {', '.join(known)}, and the value of "
             "each names a sub-folder of yours, e.g. data.splits.test=NAME"
         )
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        raise InputError(f"device {config.device!r} is unknown; choices: auto, cpu, mps, cuda, cuda:NUMBER")
     if config.mq_former.hidden_size % config.mq_former.heads:
         raise InputError(
             f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads "
@@ -335,4 +343,10 @@ def load(path: Path = CONFIG_PATH) -> Config:
     """The composed configuration that every stage reads."""
     if not path.exists():
         raise InputError(f"{path} does not exist; write it with: python -m lyrics compose")
-    return parse(yaml.safe_load(path.read_text()))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged; write it again with: python -m lyrics compose")
+    return parse(values)

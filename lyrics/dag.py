@@ -33,7 +33,9 @@ def read(path: Path = DVC_FILE) -> dict[str, Stage]:
     """All stages by name, upstream first; `foreach` stages are called GROUP@KEY as DVC calls them."""
     if not path.exists():
         raise InputError(f"{path} does not exist here; run from the root of the project")
-    document = yaml.safe_load(path.read_text())
+    document = read_yaml(path)
+    if not isinstance(document, dict) or not isinstance(document.get("stages"), dict):
+        raise InputError(f"{path} describes no stages; restore it with: git checkout {path}")
     scope: dict[str, Any] = {}
     for entry in document.get("vars", []):
         scope.update(entry if isinstance(entry, dict) else _variables(path.parent, entry))
@@ -85,8 +87,23 @@ def _stage(name: str, body: dict[str, Any], scope: dict[str, Any]) -> Stage:
 def _variables(root: Path, entry: str) -> dict[str, Any]:
     """`file.yaml:key,key` or `file.yaml`."""
     file, _, keys = entry.partition(":")
-    values = yaml.safe_load((root / file).read_text())
-    return {key: values[key] for key in keys.split(",")} if keys else values
+    values = read_yaml(root / file)
+    wanted = keys.split(",") if keys else []
+    absent = [key for key in wanted if not isinstance(values, dict) or key not in values]
+    if absent:
+        raise InputError(f"{root / file} has no {', '.join(absent)}; restore it with: git checkout {root / file}")
+    return {key: values[key] for key in wanted} if keys else values
+
+
+def read_yaml(path: Path, cure: str = "") -> Any:
+    """The YAML document in `path`; InputError with the `cure` where there is none."""
+    cure = cure or f"restore it with: git checkout {path}"
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; {cure}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct it, or {cure}") from None
 
 
 def _fill(value: Any, scope: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 import filelock
-import yaml
 
 from lyrics import dag, io
 from lyrics.errors import InputError, RetryableError
@@ -23,14 +23,10 @@ WORK = Path("build/work")
 TOKENS = Path("build/tokens")
 EXIT_INPUT, EXIT_RETRY, EXIT_INTERRUPTED = 2, 75, 130  # 75 is EX_TEMPFAIL of sysexits.h
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-# Libraries that write by themselves report a full disk in words only.
-_FULL_WORDS = (
-    "No space left on device",
-    "File too large",
-    "Disk quota exceeded",
-    "database or disk is full",
-    "file write failed",
-    *(f"os error {code}" for code in _FULL),
+# Libraries that write by themselves report a full disk in words only: Rust's, sqlite's, torch's and numpy's.
+_FULL_WORDS = re.compile(
+    r"No space left on device|File too large|Disk quota exceeded|database or disk is full|file write failed"
+    rf"|os error ({'|'.join(map(str, sorted(_FULL)))})\b|\d+ requested and \d+ written"
 )
 
 
@@ -171,10 +167,18 @@ def fingerprint(stage: dag.Stage) -> str:
             content = io.sha256_file(file) if file.suffix == ".py" else f"{status.st_size} {status.st_mtime_ns}"
             digest.update(f"{file.as_posix()}\0{content}\n".encode())
     for file_name, keys in stage.params.items():
-        values = yaml.safe_load(Path(file_name).read_text())
-        chosen = {key: dag.lookup(values, key) for key in keys}
+        again = "write it again with: python -m lyrics compose"
+        values = dag.read_yaml(Path(file_name), again)
+        try:
+            chosen = {key: dag.lookup(values, key) for key in keys}
+        except (KeyError, TypeError):
+            raise InputError(f"{file_name} lacks a key that stage {stage.name} reads; {again}") from None
         digest.update(json.dumps(chosen, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def full_disk(why: str) -> str:
+    return f"the disk, a quota or a size limit is full ({why}); free some space and run the same command again"
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -184,7 +188,7 @@ def is_full_disk(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        if any(words in str(error) for words in _FULL_WORDS):
+        if _FULL_WORDS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -197,7 +201,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return EXIT_INPUT, str(error)
     if is_full_disk(error):
-        return 1, f"the disk, a quota or a size limit is full ({error}); free some space and run the same command again"
+        return 1, full_disk(str(error))
     if isinstance(error, RetryableError):
         return EXIT_RETRY, f"{error} (this may pass: run the same command again)"
     return 1, f"{type(error).__name__}: {error}"

@@ -78,6 +78,8 @@ def connect() -> "MlflowClient":
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         for name in ("alembic", "urllib3", "mlflow.system_metrics"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # It logs the traceback of what it raises as well; `reachable` makes one sentence of that.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.get_experiment_by_name(EXPERIMENT)
     return client
@@ -153,6 +155,11 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _unreachable(uri: str, why: str) -> RetryableError:
+    if uri.startswith(_SQLITE):
+        return RetryableError(
+            f"The MLflow database {uri.removeprefix(_SQLITE)} did not answer ({_short(why)}). End what else uses it, "
+            "look at the disk below it, or name another with MLFLOW_TRACKING_URI"
+        )
     return RetryableError(
         f"The MLflow server at {_without_user(uri)} did not answer ({_short(why)}). Start it, correct "
         "MLFLOW_TRACKING_URI, or unset that variable to use mlflow.db in this folder"

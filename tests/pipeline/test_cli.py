@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from lyrics import dag, doctor
+from lyrics import cli, dag, doctor
+from lyrics.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
 
 def lyrics(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lyrics", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -55,13 +56,51 @@ def test_every_stage_has_its_verb() -> None:
     [
         (("foundation", "ears"), "no part 'ears'; choices: tokenizer, llm"),
         (("configure", "preset=huge"), "preset 'huge'"),
-        (("ask", "/no/such.png", "what?"), "/no/such.png"),
+        (("configure", "stage2.stepz=1"), "stage2.stepz"),
+        (("configure", "stage2.steps=-1"), "stage2.steps"),
+        (("configure", "nonsense"), "'nonsense' is not of the form key=value"),
+        (("configure", "data=photos", "folder=/no/such"), "folder /no/such is missing"),
+        (("ask", "/no/such.png", "what?"), "/no/such.png does not exist; give the path of a JPEG"),
+        (("ask", "docs", "what?"), "docs is a folder; give the path of a JPEG"),
+        (("ask", "Makefile", "what?"), "Makefile cannot be used: not a picture; give a JPEG"),
+        (("ask", "docs/scene.png", " "), "The question is empty; ask something"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: tuple[str, ...], words: str) -> None:
     ran = lyrics(*arguments)
     assert ran.returncode == 2
-    assert words in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.stderr.startswith("lyrics: ") and words in ran.stderr
+    assert "Traceback" not in ran.stderr and ran.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("promote", "99"), "build/config.yaml does not exist; write it with: python -m lyrics compose"),
+        (("register",), "build/config.yaml does not exist; write it with: python -m lyrics compose"),
+        (("evaluate",), "stage evaluate reads data/raw, which does not exist"),
+        (("evaluate-full",), "build/config.yaml does not exist; write it with: python -m lyrics compose"),
+        (("foundation", "clip"), "stage foundation@clip reads data/raw/foundation, which does not exist"),
+        (("ingest",), "build/config.yaml does not exist; write it again with: python -m lyrics compose"),
+    ],
+)
+def test_a_verb_before_its_time_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    for name in ("params", "lyrics", "dvc.yaml", "requirements.lock"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    command = [sys.executable, "-m", "lyrics", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 2
+    assert words in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cli._check_device("cuda:0")
+    with pytest.raises(InputError, match=r"device is cuda:3, but this machine has 1 devices of the kind cuda"):
+        cli._check_device("cuda:3")
 
 
 def test_doctor_names_each_lack_with_its_cure(tmp_path: Path) -> None:

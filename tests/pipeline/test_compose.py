@@ -50,6 +50,11 @@ def test_composing_twice_gives_the_same_bytes() -> None:
         ({"overrides": {"stage2.steps": "many"}}, r"stage2.steps: .*valid integer.*'many'"),
         ({"overrides": {"stage1.objectives": "some"}}, r"stage1.objectives: .*'all' or 'alternate'"),
         ({"overrides": {"mq_former.heads": 5}}, r"mq_former.hidden_size \(\d+\) must be a multiple of .*heads \(5\)"),
+        ({"overrides": {"stage2.steps": -5}}, r"stage2.steps: .*greater than or equal to 1 \(found -5\)"),
+        ({"overrides": {"stage1.mask_probability": 1.5}}, r"stage1.mask_probability: .*less than or equal to 1"),
+        ({"overrides": {"stage1.temperature": float("nan")}}, r"stage1.temperature: .*finite number"),
+        ({"overrides": {"stage2": {}}}, r"stage2 .* is a group of keys, not a value: .*steps"),
+        ({"overrides": {"device": "quantum"}}, r"device 'quantum' is unknown; choices: auto, cpu, mps, cuda"),
         ({"overrides": {"stage1": "enormous"}}, r"stage1 'enormous' .* choices: laptop, paper, tiny"),
         ({"overrides": 3}, r"overrides .* must map dotted keys to values; found 3"),
         ({"folder": "/somewhere"}, r"data source world reads no folder, but folder is /somewhere"),
@@ -111,7 +116,31 @@ def test_a_refused_setting_leaves_the_file_as_it_was(setting: str) -> None:
     assert list(RUN.parent.glob(".*")) == []
 
 
-def test_broken_yaml_is_one_sentence() -> None:
-    RUN.write_text("preset: [tiny\n")
-    with pytest.raises(InputError, match=r"params/run.yaml is not valid YAML: .*line 2"):
+@pytest.mark.parametrize("content", [b"preset: [tiny\n", b"- : :\n\t- x", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    ("file", "says"), [("run.yaml", r"params/run.yaml"), ("stage2/tiny.yaml", r"A file in params/")]
+)
+def test_broken_yaml_is_one_sentence(content: bytes, file: str, says: str) -> None:
+    (RUN.parent / file).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{says} is not valid YAML: .*") as refused:
         compose.compose()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["[", "3", ""])
+def test_a_damaged_composed_file_is_named_with_its_cure(content: str) -> None:
+    config.CONFIG_PATH.parent.mkdir()
+    config.CONFIG_PATH.write_text(content)
+    with pytest.raises(InputError, match=r"build/config.yaml is damaged; write it again with: .*compose"):
+        config.load()
+
+
+def test_a_group_that_may_be_null_can_be_set_to_null() -> None:
+    compose.configure(["stage2.task_shares=null"])
+    assert compose.compose()["stage2"]["task_shares"] is None
+
+
+def test_looking_at_a_choice_changes_nothing() -> None:
+    before = RUN.read_bytes()
+    assert compose.edited(["seed=3"])[1]["overrides"] == {"seed": 3}
+    assert RUN.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from fake_project import Project, wait_for
 
 from flows.stages import Output
+from lyrics import stage
 
 FLOW = [sys.executable, "-m", "flows.end_to_end", "until=second"]
 
@@ -46,6 +48,54 @@ def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -
     assert ran.stderr.rstrip().splitlines()[-1].endswith("second: found a bad input; expected a good one")
     assert "Traceback" not in ran.stderr + ran.stdout
     assert served.result("data/first/result"), "what was finished is lost"
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("nonsense", "'nonsense' is not of the form key=value"),
+        ("preset=huge", "preset 'huge' in params/run.yaml is unknown; choices: laptop, paper, tiny"),
+        ("stage2.stepz=3", "stage2.stepz in params/run.yaml names an unknown key"),
+        ("until=nowhere", "dvc.yaml has no stage nowhere; choices: compose, first, second"),
+        ("push=perhaps", "push=perhaps is unknown; choices: true, false"),
+        ("folder=/no/such", "data source world reads no folder, but folder is /no/such"),
+    ],
+)
+def test_a_wrong_choice_is_refused_before_anything_is_started(project: Project, argument: str, says: str) -> None:
+    before = project.result("params/run.yaml")
+    ran = project.run([*FLOW, argument], check=False)
+    assert ran.returncode == 2
+    assert says in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+    assert project.result("params/run.yaml") == before
+    assert not (project.root / ".prefect/prefect.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("params/run.yaml", "preset: [tiny\n", "params/run.yaml is not valid YAML"),
+        ("params/run.yaml", "preset: tiny\n", "params/run.yaml must hold exactly the keys"),
+        ("dvc.yaml", "stages: [\n", "dvc.yaml is not valid YAML"),
+        ("dvc.yaml", "", "dvc.yaml describes no stages"),
+    ],
+)
+def test_a_broken_file_of_the_project_is_one_sentence(project: Project, file: str, content: str, says: str) -> None:
+    (project.root / file).write_text(content)
+    ran = project.run(FLOW, check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert says in ran.stderr
+
+
+def test_a_registry_that_is_down_is_one_sentence_and_loses_nothing(served: Project) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        down = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        ran = served.run(FLOW, check=False, MLFLOW_TRACKING_URI=down, LYRICS_RETRY_SECONDS="0")
+    assert ran.returncode == stage.EXIT_RETRY
+    (said,) = [line for line in ran.stderr.splitlines() if line.startswith("lyrics: ")]
+    assert f"The MLflow server at {down} did not answer" in said and "run the same command again" in said
+    assert "Traceback" not in ran.stderr + ran.stdout
+    assert outcomes(served.run(FLOW).stdout) == ["compose ran", "first ran", "second ran"]
 
 
 def test_only_failures_that_may_pass_are_tried_again(served: Project) -> None:
