@@ -183,15 +183,19 @@ def full_disk(why: str) -> str:
 
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether `error`, or what caused it, is a disk, quota or file-size limit that was reached."""
+    return _why_full(error) is not None
+
+
+def _why_full(error: BaseException | None) -> str | None:
+    """What was said where it began: libraries wrap it in sentences of their own."""
+    why = None
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if _FULL_WORDS.search(str(error)):
-            return True
+        if (isinstance(error, OSError) and error.errno in _FULL) or _FULL_WORDS.search(str(error)):
+            why = str(error)
         error = error.__cause__ or error.__context__
-    return False
+    return why
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
@@ -200,8 +204,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return EXIT_INTERRUPTED, ""
     if isinstance(error, InputError):
         return EXIT_INPUT, str(error)
-    if is_full_disk(error):
-        return 1, full_disk(str(error))
+    why = _why_full(error)
+    if why is not None:
+        return 1, full_disk(why)
     if isinstance(error, RetryableError):
         return EXIT_RETRY, f"{error} (this may pass: run the same command again)"
     return 1, f"{type(error).__name__}: {error}"
