@@ -62,6 +62,7 @@ def train(
     device: torch.device,
     tracker: Tracker,
     weight_decay: float = 0.05,
+    precision: numerics.Precision = "auto",
 ) -> None:
     """Muon with warm-up and a cosine to zero on the sum of the losses, logged as `foundation/PART_NAME`.
 
@@ -79,7 +80,7 @@ def train(
             (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
         )
         optimizer.scale_lr(optimizers, factor)
-        with numerics.autocast(device):
+        with numerics.autocast(device, precision):
             losses = losses_at(step)
         torch.stack(list(losses.values())).sum().backward()
         norm = nn.utils.clip_grad_norm_(parameters, _GRAD_CLIP)

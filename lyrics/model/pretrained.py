@@ -9,7 +9,7 @@ from lyrics.errors import InputError
 
 
 def read(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained(folder)` from the folder alone. Weights of other parts (a text tower) may lie beside its own.
+    """`kind.from_pretrained(folder)` from the folder alone. Weights of other parts (a text tower) may lie there too.
 
     Raises:
         InputError: the folder lacks weights of `kind`.

@@ -10,13 +10,11 @@ import numpy as np
 from lyrics.world import language
 from lyrics.world.questions import Question, questions
 from lyrics.world.scenes import Scene, SceneObject
-from lyrics.world.vocabulary import COLORS, KINDS, with_article
+from lyrics.world.vocabulary import COLORS
 
 _GRID_MAX = 99
 _LOOK_UP_SHARE = 0.8
 _QUESTIONS = 10
-_EXPRESSIONS = 2
-_PRESENT = 2
 _LOOK_UPS = 8
 
 
@@ -51,43 +49,24 @@ def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str
 
     A small model learns to look up from many look-ups, and a document with one question holds few.
     """
-    asked = [("How many objects are there?", str(len(scene.objects))), *_presence(scene, generator)]
+    asked = [("How many objects are there?", str(len(scene.objects)))]
     asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if not _asks_colour(q)]
     for item in scene.objects:
         if len(scene.find(kind=item.kind)) == 1:
             box = grid_box(item, scene.image_size_px)
             asked += [(f"Where is the {item.kind}?", box), (f"Where is the {item.color} {item.kind}?", box)]
-    where = _where(scene)
-    asked += [where[index] for index in generator.permutation(len(where))[:_EXPRESSIONS]]
     chosen = [asked[index] for index in generator.integers(len(asked), size=_LOOK_UPS)]
     return spatial + "".join(f" question: {q} answer: {a}" for q, a in chosen)
 
 
 def _where(scene: Scene) -> list[tuple[str, str]]:
+    """Colour does not tell two objects of one kind apart in text, so such expressions are left to pictures."""
     return [
         (f"Where is {expression.text}?", grid_box(expression.target, scene.image_size_px))
         for expression in language.expressions(scene)
-        if _told_by_text(scene, expression)
+        if expression.form in ("kind", "size", "relation")
+        or (expression.form == "color" and len(scene.find(kind=expression.target.kind)) == 1)
     ]
-
-
-def _told_by_text(scene: Scene, expression: language.Expression) -> bool:
-    """A colour does not tell two objects of one kind apart in text; such expressions are left to pictures."""
-    return expression.form not in ("color", "object") or (
-        expression.form == "color" and len(scene.find(kind=expression.target.kind)) == 1
-    )
-
-
-def _presence(scene: Scene, generator: np.random.Generator) -> list[tuple[str, str]]:
-    """As many kinds that are not there as are."""
-    absent = [kind for kind in KINDS if kind not in scene.kinds]
-    kinds = sorted(scene.kinds)
-    there = [
-        (f"Is there {with_article(kinds[index])} in the image?", "yes")
-        for index in generator.permutation(len(kinds))[:_PRESENT]
-    ]
-    order = generator.permutation(len(absent))[: len(there)]
-    return there + [(f"Is there {with_article(absent[index])} in the image?", "no") for index in order]
 
 
 def _asks_colour(question: Question) -> bool:

@@ -15,7 +15,8 @@ SIZE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_a
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     vision = {**SIZE, "image_size": 8, "patch_size": 4}
-    text = {**SIZE, "vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 4}
+    tokens = {"vocab_size": 9, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    text = {**SIZE, **tokens, "max_position_embeddings": 4}
     pretrained.write(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=4)), tmp_path)
     return tmp_path
 
