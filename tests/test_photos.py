@@ -1,19 +1,15 @@
 """The preset `laptop` on real photographs, from their folder to a registered model that describes them."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import real_project
 
 from lyrics.errors import InputError
 from lyrics.foundation import wheels
 
-ROOT = Path(__file__).parents[1]
+ROOT = real_project.ROOT
 PHOTOS = ROOT.parent / "shared" / "photos"
 IMAGES = 8
 CHOICES = [
@@ -40,29 +36,9 @@ def photos():
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of what the pipeline needs, with a repository and a registry of its own; runs commands there."""
-    for name in ("lyrics", "params"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "requirements.lock", ".dvcignore", ".gitignore", ".dvc/config"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(ROOT / name, tmp_path / name)
+    copied = real_project.copy(tmp_path)
     (tmp_path / "wheels").symlink_to(ROOT / wheels.CACHE)
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(tmp_path),
-    }
-
-    def run(*command: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert ran.returncode == 0, f"{' '.join(command)}\n{ran.stdout}\n{ran.stderr}"
-        return ran.stdout
-
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    run.root = tmp_path
-    return run
+    return copied
 
 
 @pytest.mark.photos

@@ -1,9 +1,13 @@
-"""How tasks are mixed."""
+"""How tasks are mixed, and what the language model is shown of a picture's objects."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lyrics.data.records import Sample
 from lyrics.errors import InputError
-from lyrics.train.stage2_batches import mixing_weights
+from lyrics.train.stage2_batches import Stage2Data, mixing_weights
 
 
 def test_without_shares_tasks_mix_by_the_square_root_of_their_size() -> None:
@@ -18,3 +22,35 @@ def test_shares_are_scaled_to_the_tasks_that_the_data_has() -> None:
 def test_shares_that_no_task_has_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"task_shares names refer, but the data has only caption"):
         mixing_weights({"caption": 10}, {"refer": 1.0})
+
+
+SAMPLES = (
+    Sample(sample_id="c", image_id="1", task="caption", kind="caption", references=("A red cup.",)),
+    Sample(sample_id="v", image_id="1", task="vqa", kind="colour", question="What color?", references=("red",)),
+    Sample(sample_id="r", image_id="1", task="refer", kind="refer", question="the cup", box_xyxy=(0.0, 0.0, 5.0, 5.0)),
+)
+
+
+def data(samples: tuple[Sample, ...] = SAMPLES, **changes: Any) -> Stage2Data:
+    image = SimpleNamespace(width=10, height=10, spatial_text="cup 0 0 50 50;")
+    split: Any = SimpleNamespace(samples=list(samples), images={"1": image}, seen=lambda image_id: image_id)
+    settings = {"task_shares": None, "without_spatial": 0.5, "spatial_text_in_llm": True, "caption_steps": 3, "seed": 0}
+    return Stage2Data(split, coordinate_format="grid100", **{**settings, **changes})
+
+
+def test_the_first_steps_are_captions_without_spatial_text() -> None:
+    for step in range(3):
+        batch = data().batch(step, 20)
+        assert set(batch.ids) == {"c"} and set(batch.spatial_texts) == {""}
+    assert set(data().batch(3, 60).ids) == {"c", "v", "r"}
+
+
+def test_data_without_captions_begins_with_its_tasks() -> None:
+    assert set(data(SAMPLES[1:]).batch(0, 40).ids) == {"v", "r"}
+
+
+def test_boxes_are_asked_for_with_the_spatial_text_and_the_rest_half_of_the_time() -> None:
+    batch = data(caption_steps=0).batch(0, 200)
+    shown = {i: [bool(t) for n, t in zip(batch.ids, batch.spatial_texts, strict=True) if n == i] for i in "cvr"}
+    assert all(shown["r"]) and 0.3 < sum(shown["c"] + shown["v"]) / len(shown["c"] + shown["v"]) < 0.7
+    assert not any(data(caption_steps=0, spatial_text_in_llm=False).batch(0, 40).spatial_texts)
