@@ -200,9 +200,10 @@ def _failure(name: str, token: Path, lines: Sequence[str]) -> StageError:
     printed = _own_sentence(lines)
     if printed:  # a full disk has no room for the token either
         return StageError(name, 1, printed)
-    if said == "":
+    error = _error(lines)
+    if said == "" and not stage.is_full_disk(OSError(error)):
         return StageError(name, 1, "its process was killed; what it had finished is kept: run the same command again")
-    return StageError(name, 1, _error(lines))
+    return StageError(name, 1, error)
 
 
 def _own_sentence(lines: Sequence[str]) -> str | None:

@@ -106,7 +106,7 @@ class Project:
 
     def run(self, command: Sequence[str], check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         ran = subprocess.run(
-            command, cwd=self.root, env={**self.environment, **variables}, capture_output=True, text=True, timeout=240
+            command, cwd=self.root, env={**self.environment, **variables}, capture_output=True, text=True, timeout=600
         )
         assert not check or ran.returncode == 0, ran.stdout + ran.stderr
         return ran
@@ -149,7 +149,7 @@ class Project:
         return (self.root / path).read_text()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0, pause: float = 0.05) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300.0, pause: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {seconds} s"

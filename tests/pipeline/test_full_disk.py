@@ -13,6 +13,7 @@ from pathlib import Path
 import full_disk
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # every stage imports MLflow, which a busy machine makes slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(full_disk.__file__)
 # Written in one go into `work/out`, which is published as a whole; the others go through a temporary name.
@@ -38,7 +39,7 @@ def in_small_file_system(folder: Path, size: str, script: str, **variables: str)
         pytest.skip("this machine lets nobody mount a file system")
     command = [*namespace(), "sh", "-c", f'mount -t tmpfs -o size={size} none "$PLACE" && cd "$PLACE" && {script}']
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PLACE": str(folder), "PYTHON": sys.executable, **variables}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=840)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory):
             environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
             environment.pop("MLFLOW_TRACKING_URI", None)
             command = [sys.executable, str(SCRIPT), str(folder), "20000"]
-            ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+            ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=840)
         else:  # mlflow.db is made while there is room; then there is none
             make = "$PYTHON -c 'from lyrics.track import server; server.connect()'"
             shrink = 'mount -o remount,size=$(($(du -sk . | cut -f1) + 24))k "$PLACE"'
