@@ -3,8 +3,10 @@
 Shapes: B batch, Q query tokens, S sequence, E language width.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +114,11 @@ def add_lora(
     llm: PreTrainedModel, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str]
 ) -> PeftModel:
     """Freeze `llm` and add adapters that start without effect (B = 0)."""
-    return get_peft_model(
-        llm,
-        LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
-        ),
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
+    with _quiet_peft():
+        return get_peft_model(llm, settings)
 
 
 def save_adapter(folder: Path, llm: PeftModel) -> None:
@@ -134,4 +135,13 @@ def save_adapter(folder: Path, llm: PeftModel) -> None:
 
 
 def load_adapter(folder: Path, llm: PreTrainedModel) -> PeftModel:
-    return PeftModel.from_pretrained(llm, str(folder), is_trainable=False)
+    with _quiet_peft():
+        return PeftModel.from_pretrained(llm, str(folder), is_trainable=False)
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """peft asks transformers by an old name, of which users would be told at every question."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
