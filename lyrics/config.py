@@ -29,12 +29,12 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class SceneCounts:
     """Number of scenes in each split of the embedded world."""
 
-    foundation: Amount
-    web: Amount
-    instruct: Amount
-    val: Amount
-    test: Amount
-    test_ood: Amount
+    foundation: int
+    web: int
+    instruct: int
+    val: int
+    test: int
+    test_ood: int
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -52,10 +52,12 @@ class Dirt:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class World:
-    image_size_px: Count
-    max_objects: Count
-    questions_per_image: Amount
-    corpus_documents: Amount
+    """Its ranges depend on each other: `lyrics.world.datasets.check` holds them."""
+
+    image_size_px: int
+    max_objects: int
+    questions_per_image: int
+    corpus_documents: int
     scenes: SceneCounts
     dirt: Dirt
 

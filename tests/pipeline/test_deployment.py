@@ -20,6 +20,13 @@ def test_prefect_yaml_names_the_flow_and_runs_it_every_night() -> None:
     assert deployment["schedules"][0]["cron"].split()[2:] == ["*", "*", "*"]
 
 
+def test_the_readme_deploys_without_a_question() -> None:
+    """In a terminal Prefect would ask where to clone the code from, and by default not use this folder."""
+    for name in ("README.md", "prefect.yaml"):
+        lines = [line for line in (ROOT / name).read_text().splitlines() if "deploy --all" in line]
+        assert lines and all("prefect --no-prompt deploy --all" in line for line in lines)
+
+
 @pytest.mark.timeout(1800)  # under a minute on two quiet cores; a dozen Python processes start one after another
 def test_a_scheduled_deployment_runs_to_the_end(project: Project, services: dict[str, str]) -> None:
     project.environment |= services
