@@ -3,14 +3,16 @@
 import logging
 
 from flows.stages import StageError
-from lyrics.errors import InputError, RetryableError
+from lyrics.stage import has_sentence, verdict
 
 
 class _OneSentence(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, StageError | InputError | RetryableError):
+        if isinstance(error, StageError):
             record.msg, record.args, record.exc_info = str(error), (), None
+        elif error is not None and has_sentence(error):
+            record.msg, record.args, record.exc_info = verdict(error)[1], (), None
         return True
 
 

@@ -215,4 +215,9 @@ def _error(lines: Sequence[str]) -> str:
     """DVC's own sentence among what it printed."""
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     said = (errors or [line for line in lines if line.strip()] or ["DVC failed and said nothing"])[0]
-    return stage.full_disk(said) if stage.is_full_disk(OSError(said)) else said
+    if stage.is_full_disk(OSError(said)):
+        return stage.full_disk(said)
+    why = said.partition("[Errno ")[2]  # DVC wraps what the system said
+    if why.partition("]")[0] in map(str, stage.FORBIDDEN):
+        return stage.no_permission(why.partition("] ")[2])
+    return said

@@ -22,6 +22,7 @@ from lyrics.process import die_with_parent
 WORK = Path("build/work")
 TOKENS = Path("build/tokens")
 EXIT_INPUT, EXIT_RETRY, EXIT_INTERRUPTED = 2, 75, 130  # 75 is EX_TEMPFAIL of sysexits.h
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # Libraries that write by themselves report a full disk in words only: Rust's, sqlite's, torch's and numpy's.
 _FULL_WORDS = re.compile(
@@ -177,8 +178,17 @@ def fingerprint(stage: dag.Stage) -> str:
     return digest.hexdigest()[:16]
 
 
+def no_permission(why: str) -> str:
+    return f"a file or folder may not be read or written ({why}); give yourself permission, or name another"
+
+
 def full_disk(why: str) -> str:
     return f"the disk, a quota or a size limit is full ({why}); free some space and run the same command again"
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Whether `error` says that the user may not read or write something."""
+    return isinstance(error, OSError) and error.errno in FORBIDDEN
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -207,9 +217,17 @@ def verdict(error: BaseException) -> tuple[int, str]:
     why = _why_full(error)
     if why is not None:
         return 1, full_disk(why)
+    if is_forbidden(error):
+        return EXIT_INPUT, no_permission(str(error))
     if isinstance(error, RetryableError):
         return EXIT_RETRY, f"{error} (this may pass: run the same command again)"
     return 1, f"{type(error).__name__}: {error}"
+
+
+def has_sentence(error: BaseException) -> bool:
+    """Whether the sentence of `verdict` is enough, so that nobody needs a traceback."""
+    known = isinstance(error, KeyboardInterrupt | InputError | RetryableError)
+    return known or is_full_disk(error) or is_forbidden(error)
 
 
 @contextlib.contextmanager
@@ -219,8 +237,7 @@ def one_sentence(debug: bool = False) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Exception) as error:
         code, sentence = verdict(error)
-        known = isinstance(error, KeyboardInterrupt | InputError | RetryableError) or is_full_disk(error)
-        if not known or debug or os.environ.get("LYRICS_DEBUG"):
+        if not has_sentence(error) or debug or os.environ.get("LYRICS_DEBUG"):
             traceback.print_exc()
         elif sentence:
             print(f"lyrics: {sentence}", file=sys.stderr)

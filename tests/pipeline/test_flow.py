@@ -1,6 +1,7 @@
 """The Prefect flow on the fake project: what ran, what was reused, and that no ending leaves anything behind."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -128,6 +129,34 @@ def test_dvc_without_room_is_told_as_a_full_disk(tmp_path: Path) -> None:
         "first", tmp_path / "token", ["ERROR: unexpected error - [Errno 28] No space left on device"]
     )
     assert "first: the disk, a quota or a size limit is full (unexpected error" in str(failure)
+
+
+def without_privilege(command: list[str]) -> list[str]:
+    """Root, too, may read only what its permission bits allow."""
+    if os.geteuid():
+        return command
+    if shutil.which("setpriv") is None:
+        pytest.skip("root may read everything, and setpriv is absent")
+    dropped = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}", *command]
+
+
+@pytest.mark.parametrize("forbidden", ["folder", "folder/a", "params"])
+def test_what_may_not_be_read_or_written_is_one_sentence(served: Project, forbidden: str) -> None:
+    (served.root / "folder").mkdir()
+    (served.root / "folder" / "a").write_text("a")
+    served.choose("preset: tiny\ndata: photos\nfolder: folder\noverrides: {}\n")
+    path = served.root / forbidden
+    before = path.stat().st_mode
+    path.chmod(0o555 if forbidden == "params" else 0)
+    try:
+        ran = served.run(without_privilege([*FLOW, "seed=3"] if forbidden == "params" else FLOW), check=False)
+    finally:
+        path.chmod(before)
+    assert ran.returncode in (1, 2)
+    (said,) = [line for line in ran.stderr.splitlines() if line.startswith("lyrics: ")]
+    assert "a file or folder may not be read or written (" in said and str(path) in said
+    assert "Traceback" not in ran.stderr + ran.stdout, ran.stderr
 
 
 def test_only_failures_that_may_pass_are_tried_again(served: Project) -> None:

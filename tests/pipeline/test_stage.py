@@ -131,6 +131,9 @@ def test_an_input_that_is_absent_is_named(composed: Project) -> None:
         (RetryableError("down"), 75),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 1),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/a.jpg"), 2),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a.jpg"), 2),
+        (OSError("12000 requested and 9936 written"), 1),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1),
     ],
 )
