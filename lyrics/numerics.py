@@ -13,7 +13,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 def use_deterministic_kernels() -> None:
     """Deterministic kernels only. What torch would fill new memory with is never read, so it need not be filled."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
