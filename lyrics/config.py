@@ -215,6 +215,8 @@ class MQFormer:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Optimizer:
+    """`muon` updates the matrices inside the network, with AdamW on all else; both take the same `lr`."""
+
     algorithm: Literal["adamw", "muon"]
     lr: Rate
     betas: tuple[Fraction, Fraction]
@@ -248,6 +250,11 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage2:
+    """`caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
+
+    `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
+    """
+
     steps: Count
     batch_size: Count
     spatial_text: Literal["llm", "mq_former"]
