@@ -5,7 +5,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import psutil
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows import logs, stages, summary
@@ -154,6 +157,28 @@ def _settings(
     return settings
 
 
+def _start_server() -> None:
+    """Have Prefect start its temporary server, where it needs one, deaf to Ctrl-C.
+
+    A terminal sends Ctrl-C to the server as well; without it the flow would go on asking it for minutes.
+    """
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what this thread starts inherits it
+        try:
+            with get_client(sync_client=True):
+                pass
+        except BaseException as error:
+            failed.append(error)
+
+    starting = threading.Thread(target=start, daemon=True, name="start-server")
+    starting.start()
+    starting.join()  # here Ctrl-C is heard
+    if failed:
+        raise failed[0]
+
+
 def _stop_server_with_me() -> None:
     """Prefect ends its temporary server when this process exits, but not when it is killed."""
     for child in psutil.Process().children():
@@ -181,6 +206,7 @@ def main(arguments: list[str]) -> None:
     compose.edited(_settings(preset, data, folder, parameters["overrides"]))
     _pipeline(parameters.get("until"))
     try:
+        _start_server()
         end_to_end(**parameters)
     except StageError as failure:
         print(f"lyrics: {failure}", file=sys.stderr)

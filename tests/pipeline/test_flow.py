@@ -192,15 +192,19 @@ def test_a_killed_verb_or_dvc_is_told_and_goes_on_when_run_again(served: Project
     assert len(served.log()) <= 11, "it began anew"
 
 
-def test_ctrl_c_stops_everything_without_a_traceback(served: Project) -> None:
-    flow = served.start(FLOW, PAUSE="0.3")
-    wait_for(lambda: len(served.log()) >= 2, seconds=600)
-    os.killpg(flow.pid, signal.SIGINT)  # as a terminal does
+@pytest.mark.parametrize("server", ["another", "temporary"])
+def test_ctrl_c_stops_everything_without_a_traceback(project: Project, services: dict[str, str], server: str) -> None:
+    if server == "another":
+        project.environment |= services
+    flow = project.start(FLOW, PAUSE="1")
+    wait_for(lambda: len(project.log()) >= 2, seconds=600)
+    os.killpg(flow.pid, signal.SIGINT)  # as a terminal does, to Prefect's temporary server as well
     output, _ = flow.communicate(timeout=300)
     assert flow.returncode == 130
-    assert "Traceback" not in output
-    assert not served.processes()
-    assert outcomes(served.run(FLOW).stdout)[1] == "first ran"
+    assert "Traceback" not in output and "Error logging to API" not in output
+    assert not project.processes()
+    assert outcomes(project.run(FLOW).stdout)[1] == "first ran"
+    assert len(project.log()) <= 11, "it began anew"
 
 
 def test_a_second_flow_beside_the_first_ends_in_one_sentence(served: Project) -> None:
