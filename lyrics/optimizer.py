@@ -4,7 +4,7 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes each 
 that look words up form in a third of AdamW's steps, which is what lets two cores fit a small network in a minute.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -59,10 +59,6 @@ def _inner_matrices(network: nn.Module) -> set[int]:
 
 def scale_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
     """Set every learning rate to `factor` times its first value."""
-    for group in _groups(optimizers):
-        group["lr"] = group["initial_lr"] * factor
-
-
-def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[dict]:
     for optimizer in optimizers:
-        yield from optimizer.param_groups
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor

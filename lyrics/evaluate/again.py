@@ -100,7 +100,7 @@ def _refine(model: "Lyrics", name: str, split: "Split", folder: Path) -> "Refine
 
     frozen = Frozen(encoder=model.encoder, refiner=model.refiner, device=model.model.device)
     source = Source(name=name, images=split.images, samples=split.samples)
-    with tqdm(total=len(source.images), desc=f"refine {name}", unit="image", disable=None) as progress:
+    with tqdm(total=len(source.images), desc=f"refine {name}", unit="image") as progress:
         refine_split(source, frozen, folder, progress)
     shards = sorted(folder.glob("shard-*"))
     features.write_images(
