@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from lyrics import io
 from lyrics.config import Foundation, Refine
@@ -43,15 +44,22 @@ class Lyrics:
         """Load a trained model and the frozen parts it was trained with.
 
         Raises:
-            InputError: a file is missing, or a frozen part is another one.
+            InputError: a file is missing, a frozen part is another one, or the settings are those of other code.
         """
         chosen = pick_device(device)
         settings = io.read_json(Path(stage2_folder) / "config.json")
-        refiner = load_refiner(
-            Path(foundation), Refine(**settings["refine"]), Foundation(**settings["foundation"]), chosen
-        )
+        try:
+            refine, parts = Refine(**settings["refine"]), Foundation(**settings["foundation"])
+            model = stage2.load(Path(stage2_folder), Path(foundation))
+        except (KeyError, TypeError, ValidationError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(
+                f"{label} was trained by other code than this: its settings do not fit ({why:.300}); check out the "
+                "commit it was made from (tag git_commit of its version), or train again with: make run"
+            ) from error
+        refiner = load_refiner(Path(foundation), refine, parts, chosen)
         return cls(
-            model=stage2.load(Path(stage2_folder), Path(foundation)).to(chosen),
+            model=model.to(chosen),
             encoder=load_image_encoder(Path(foundation) / "clip").to(chosen),
             refiner=refiner,
             label=label,
