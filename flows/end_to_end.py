@@ -129,7 +129,7 @@ def _run(until: str | None, timeout_seconds: float, push_to_remote: bool) -> lis
     if push_to_remote:
         push()
     if summary.EVALUATION.exists() and not until:
-        rows = summary.score_rows(io.read_json(summary.EVALUATION), slices=True)
+        rows = summary.score_rows(io.read_json(summary.EVALUATION))
         create_table_artifact(
             rows,
             key="scores",

@@ -22,8 +22,10 @@ SYSTEMS = {
 }
 
 
-def score_rows(evaluation: Mapping[str, Any], slices: bool = False) -> list[dict[str, str]]:
-    """One row per split and metric; slices (`vqa_accuracy/colour`) on demand."""
+def score_rows(evaluation: Mapping[str, Any], headlines: bool = False) -> list[dict[str, str]]:
+    """One row per split and metric, slices (`vqa_accuracy/colour`) included; `headlines`: per split and task."""
+    from lyrics.evaluate.tasks import HEADLINE
+
     return [
         {
             "split": split,
@@ -33,7 +35,7 @@ def score_rows(evaluation: Mapping[str, Any], slices: bool = False) -> list[dict
         }
         for split, metrics in evaluation.get("splits", {}).items()
         for metric, values in metrics.items()
-        if slices or "/" not in metric
+        if not headlines or metric in HEADLINE.values()
     ]
 
 
@@ -61,8 +63,8 @@ def report(outcomes: Sequence[Outcome], version: str, console: Console | None = 
     console = console or Console(width=110, highlight=False)
     if EVALUATION.exists():
         evaluation = io.read_json(EVALUATION)
-        rows = score_rows(evaluation)
-        console.print(_table("Scores beside their baselines", rows))
+        console.print(_table("Scores beside their baselines", score_rows(evaluation, headlines=True)))
+        console.print("The report has all metrics, by kind of question.", style="dim")
         for metric, reason in sorted(evaluation.get("absent", {}).items()):
             console.print(f"absent: {metric}: {reason}", style="dim", markup=False)
     shown = example()
