@@ -135,8 +135,11 @@ def save_adapter(folder: Path, llm: PeftModel) -> None:
 
 
 def load_adapter(folder: Path, llm: PreTrainedModel) -> PeftModel:
+    """The language model with its adapter merged into the weights: without extra products, answers come sooner."""
     with _quiet_peft():
-        return PeftModel.from_pretrained(llm, str(folder), is_trainable=False)
+        model = PeftModel.from_pretrained(llm, str(folder), is_trainable=False)
+    model.merge_adapter()
+    return model
 
 
 @contextlib.contextmanager
