@@ -1,21 +1,24 @@
 """Text of the foundation split: what a small language model must know before it is shown pictures.
 
 Documents have the shape of the instruction prompt, so that looking up a word of the context is learned as text:
-`umbrella 12 45 78 91; cup 3 4 20 30; A red cup and a blue umbrella. question: What color is the cup? answer: red`.
+`umbrella 12 45 78 91; cup 3 4 20 30; A red cup and a blue umbrella. question: What color is the cup? answer: red`
+(`answer:` only marks the place: the language model reads the answer right after the question).
 What is asked can always be found in the document.
 """
 
 import numpy as np
 
+from lyrics.data import pope
 from lyrics.world import language
 from lyrics.world.questions import Question, questions
 from lyrics.world.scenes import Scene, SceneObject
-from lyrics.world.vocabulary import COLORS
+from lyrics.world.vocabulary import COLORS, KINDS
 
 _GRID_MAX = 99
 _LOOK_UP_SHARE = 0.8
 _QUESTIONS = 10
 _LOOK_UPS = 8
+_EXPRESSIONS = 3
 
 
 def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
@@ -45,9 +48,10 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
-    """Several questions about one scene, each answered by its spatial text; the same one may come again.
+    """Several different questions about one scene, each answered by its spatial text.
 
-    A small model learns to look up from many look-ups, and a document with one question holds few.
+    A small model learns to look up from many look-ups, and a document with one question holds few. None comes twice,
+    or its answer would be copied from the first time.
     """
     asked = [("How many objects are there?", str(len(scene.objects)))]
     asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if not _asks_colour(q)]
@@ -55,8 +59,21 @@ def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str
         if len(scene.find(kind=item.kind)) == 1:
             box = grid_box(item, scene.image_size_px)
             asked += [(f"Where is the {item.kind}?", box), (f"Where is the {item.color} {item.kind}?", box)]
-    chosen = [asked[index] for index in generator.integers(len(asked), size=_LOOK_UPS)]
+    where = _where(scene)
+    asked += [where[index] for index in generator.permutation(len(where))[:_EXPRESSIONS]]
+    different = list(dict(asked + _presence(scene, generator)).items())
+    chosen = [different[index] for index in generator.permutation(len(different))[:_LOOK_UPS]]
     return spatial + "".join(f" question: {q} answer: {a}" for q, a in chosen)
+
+
+def _presence(scene: Scene, generator: np.random.Generator) -> list[tuple[str, str]]:
+    """Whether a kind is in the image, once yes and once no."""
+    present = sorted(scene.kinds)
+    absent = [kind for kind in KINDS if kind not in scene.kinds]
+    return [
+        (pope.question(kinds[int(generator.integers(len(kinds)))]), answer)
+        for kinds, answer in ((present, "yes"), (absent, "no"))
+    ]
 
 
 def _where(scene: Scene) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ def test_llm_loads_with_its_tokenizer_and_template(project):
         tokenize=False,
         add_generation_prompt=True,
     )
-    assert text == "<s><image>disc 1 2 3 4; question: What is left? answer:"
+    assert text == "<s><image>disc 1 2 3 4; question: What is left?"
     ids = tokenizer(text.replace("<image>", ""), add_special_tokens=False)["input_ids"]
     read = llm.read_document("disc 1 2 3 4; question: What is left? answer: disc", tokenizer)
     assert read.ids[: len(ids)] == ids  # the prompt reads as the documents did

@@ -128,12 +128,16 @@ def test_corpus_has_the_shape_of_the_prompt_and_its_answers_stand_in_the_text(ra
             assert ";" not in line
             continue
         spatial, caption, turns = match.groups()
-        for question, answer in re.findall(r"question: (.+?[.?]) answer: (.+?)(?= question:|$)", turns):
+        asked = re.findall(r"question: (.+?[.?]) answer: (.+?)(?= question:|$)", turns)
+        assert len({question for question, _ in asked}) == len(asked), "a second answer could be copied from the first"
+        for question, answer in asked:
             if question.startswith("Where is"):
                 assert f" {answer};" in spatial
             if question.startswith("What color"):
                 kind = re.fullmatch(r"What color is the (\w+)\?", question)[1]
                 assert f"{answer} {kind}" in caption
+            if present := re.fullmatch(r"Is there an? (\w+) in the image\?", question):
+                assert (answer == "yes") == (present[1] in re.findall(r"(\w+) \d+ \d+", spatial))
             spoken[question.split()[0]] += 1
     assert min(spoken[word] for word in ("Describe", "Where", "What", "How", "Is")) > 5
     assert max(int(n) for n in re.findall(r"\d+", " ".join(lines))) <= 99
