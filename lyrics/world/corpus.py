@@ -15,11 +15,11 @@ from lyrics.world.scenes import Scene, SceneObject
 from lyrics.world.vocabulary import COLORS, KINDS
 
 _GRID_MAX = 99
-_COLOUR_SHARE = 0.15
-_LOOK_UP_SHARE = 0.65
+_LOOK_UP_SHARE = 0.8
 _QUESTIONS = 10
 _LOOK_UPS = 8
 _EXPRESSIONS = 3
+_PRESENT = 2
 
 
 def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[str]:
@@ -29,10 +29,7 @@ def documents(scene: Scene, generator: np.random.Generator, count: int) -> list[
 
 def _document(scene: Scene, generator: np.random.Generator) -> str:
     spatial = spatial_text(scene, generator)
-    form = generator.random()
-    if form < _COLOUR_SHARE:
-        return _colours(scene, spatial, generator)
-    if form < _COLOUR_SHARE + _LOOK_UP_SHARE:
+    if generator.random() < _LOOK_UP_SHARE:
         return _look_ups(scene, spatial, generator)
     form = generator.random()
     if form < 0.08:
@@ -52,7 +49,11 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
 
 
 def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
-    """What boxes tell."""
+    """Several different questions about one scene, each answered by its spatial text.
+
+    A small model learns to look up from many look-ups, and a document with one question holds few. None comes twice,
+    or its answer would be copied from the first time.
+    """
     asked = [("How many objects are there?", str(len(scene.objects)))]
     asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if not _asks_colour(q)]
     for item in scene.objects:
@@ -61,40 +62,21 @@ def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str
             asked += [(f"Where is the {item.kind}?", box), (f"Where is the {item.color} {item.kind}?", box)]
     where = _where(scene)
     asked += [where[index] for index in generator.permutation(len(where))[:_EXPRESSIONS]]
-    return _several(spatial, asked + _presence(scene, generator), generator)
-
-
-def _colours(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
-    """What pairs (`cup red;` or `red cup;`) tell, placed before the boxes as a picture's tokens are in a prompt."""
-    order = [scene.objects[index] for index in generator.permutation(len(scene.objects))]
-    kind_first = generator.random() < 0.5
-    pairs = " ".join(f"{item.kind} {item.color};" if kind_first else f"{item.color} {item.kind};" for item in order)
-    first = order[0].color
-    asked = [(f"How many {first} objects are there?", str(len(scene.find(color=first))))]
-    asked += [(f"What color is the {i.kind}?", i.color) for i in order if len(scene.find(kind=i.kind)) == 1]
-    asked += [(f"What is the {i.color} object?", i.kind) for i in order if len(scene.find(color=i.color)) == 1]
-    asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if _asks_colour(q)]
-    return _several(f"{pairs} {spatial}", asked, generator)
-
-
-def _several(context: str, asked: list[tuple[str, str]], generator: np.random.Generator) -> str:
-    """Several different questions about one scene, each answered by its context.
-
-    A small model learns to look up from many look-ups, and a document with one question holds few. None comes twice,
-    or its answer would be copied from the first time.
-    """
-    different = list(dict(asked).items())
+    different = list(dict(asked + _presence(scene, generator)).items())
     chosen = [different[index] for index in generator.permutation(len(different))[:_LOOK_UPS]]
-    return context + "".join(f" question: {q} answer: {a}" for q, a in chosen)
+    return spatial + "".join(f" question: {q} answer: {a}" for q, a in chosen)
 
 
 def _presence(scene: Scene, generator: np.random.Generator) -> list[tuple[str, str]]:
-    """Whether a kind is in the image, once yes and once no."""
+    """Whether kinds are in the image: as many that are as that are not."""
     present = sorted(scene.kinds)
     absent = [kind for kind in KINDS if kind not in scene.kinds]
+    count = min(_PRESENT, len(present))
+    asked = [(present, "yes"), (absent, "no")]
     return [
-        (pope.question(kinds[int(generator.integers(len(kinds)))]), answer)
-        for kinds, answer in ((present, "yes"), (absent, "no"))
+        (pope.question(kinds[index]), answer)
+        for kinds, answer in asked
+        for index in generator.permutation(len(kinds))[:count]
     ]
 
 
