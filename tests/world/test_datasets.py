@@ -139,7 +139,7 @@ def test_corpus_has_the_shape_of_the_prompt_and_its_answers_stand_in_the_text(ra
             if present := re.fullmatch(r"Is there an? (\w+) in the image\?", question):
                 assert (answer == "yes") == (present[1] in re.findall(r"(\w+) \d+ \d+", spatial))
             spoken[question.split()[0]] += 1
-    assert min(spoken[word] for word in ("Describe", "Where", "What", "How", "Is")) > 5
+    assert min(spoken[word] for word in ("Describe", "Where", "What", "How", "Is")) > 2
     assert max(int(n) for n in re.findall(r"\d+", " ".join(lines))) <= 99
 
 
