@@ -151,3 +151,14 @@ def test_the_oracle_has_no_weights(tmp_path):
     made = fit(tmp_path, dataclasses.replace(PART, source="annotations"))
     assert made.parameters == 0
     assert json.loads((tmp_path / "out/segmenter.json").read_text()) == {"source": "annotations"}
+
+
+def test_a_batch_is_filled_up_with_the_last_picture_s_boxes_to_few_different_numbers():
+    data = segmenter._Data.__new__(segmenter._Data)
+    data._pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    data._boxes = [np.tile(np.float32([n, n, n + 4, n + 4]), (count, 1)) for n, count in enumerate((2, 3, 14))]
+    data._masks = [torch.full((len(boxes), 8, 8), n, dtype=torch.uint8) for n, boxes in enumerate(data._boxes)]
+    for rows, last in (([0, 1], 14), ([1, 0], 13), ([0, 2], 14)):
+        pixels, boxes, masks = data.batch(rows, np.random.default_rng(0))
+        assert [len(one) for one in boxes] == [len(data._boxes[rows[0]]), last] and len(pixels) == 2
+        assert masks.flatten(1)[:, 0].tolist() == [rows[0]] * len(boxes[0]) + [rows[1]] * last
