@@ -227,8 +227,19 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage1:
+    """`batch_size` is that of a step, over all `processes` and `accumulate` micro-batches; ITC and ITM find their
+    negatives within a micro-batch, over all processes.
+
+    `processes` > 1 runs the stage under torchrun on this machine, by `strategy`: DDP, or FSDP2 (`fully_shard`).
+    """
+
     steps: Count
     batch_size: Count
+    accumulate: Count
+    processes: Count
+    strategy: Literal["ddp", "fsdp"]
+    activation_checkpointing: bool
+    compile: bool
     objectives: Literal["all", "alternate"]
     itc_cross_query: bool
     label_smoothing: Fraction
@@ -250,13 +261,20 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage2:
-    """`caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
+    """`batch_size`, `accumulate`, `processes`, `strategy` as in Stage1.
+
+    `caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
 
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
     """
 
     steps: Count
     batch_size: Count
+    accumulate: Count
+    processes: Count
+    strategy: Literal["ddp", "fsdp"]
+    activation_checkpointing: bool
+    compile: bool
     spatial_text: Literal["llm", "mq_former"]
     task_shares: dict[str, Fraction] | None
     caption_steps: Amount

@@ -21,7 +21,7 @@ from lyrics.model.lyrics import LyricsModel
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner.refine import RefinedObjects, Refiner, load_refiner
 from lyrics.train import stage2
-from lyrics.train.loop import pick_device
+from lyrics.train.devices import pick_device
 
 
 @dataclasses.dataclass(frozen=True)

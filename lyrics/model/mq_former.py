@@ -1,7 +1,7 @@
 """MQ-Former: a BERT whose visual and grounding queries look at the picture (paper section 2).
 
-Shapes: B batch, V visual queries, G grounding queries, Q = V + G, T text tokens, S = Q + T, P patches,
-L local tokens, H heads, D hidden width, C contrastive width.
+Shapes: B pictures, P rows (texts beside pictures; P = B unless said), V visual queries, G grounding queries,
+Q = V + G, T text tokens, S = Q + T, K keys, L local tokens, H heads, D hidden width, C contrastive width.
 """
 
 import dataclasses
@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lyrics.model.attention import KeyValue, Layer, Memory, Wanted
 from lyrics.model.local_tokens import LocalFeatures, LocalTokens
 
 Objective = Literal["contrastive", "matching", "captioning", "masked_spatial", "instruction"]
@@ -95,125 +97,6 @@ def attention_mask(
     return ((mask_SS & real_BS[:, None, :]) | itself_SS).unsqueeze(1)
 
 
-def _heads(x_BSD: Tensor, heads: int) -> Tensor:
-    return x_BSD.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-
-    def forward(self, x_BSD: Tensor, mask_B1SS: Tensor) -> Tensor:
-        q, k, v = (_heads(project(x_BSD), self.heads) for project in (self.query, self.key, self.value))
-        dropout = self.dropout if self.training else 0.0
-        y_BHSd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS, dropout_p=dropout)
-        y_BSD = self.out(y_BHSd.transpose(1, 2).flatten(2))
-        return self.norm(x_BSD + F.dropout(y_BSD, self.dropout, self.training))
-
-
-class CrossAttention(nn.Module):
-    """Queries look at one source each; query and output projections are shared, keys and values are not."""
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float, memory_widths: dict[str, int]) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in memory_widths.items()})
-        self.value = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in memory_widths.items()})
-        self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-
-    def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, "KeyValue"]:
-        """Keys and values of each source's tokens_BLD, with their mask_B11L."""
-        return {
-            name: KeyValue(_heads(self.key[name](x), self.heads), _heads(self.value[name](x), self.heads), mask)
-            for name, (x, mask) in tokens.items()
-        }
-
-    def forward(self, queries: dict[str, Tensor], memory: dict[str, "KeyValue"]) -> Tensor:
-        attended = []
-        for source, x_BQD in queries.items():
-            seen = memory[source]
-            y_BHQd = F.scaled_dot_product_attention(
-                _heads(self.query(x_BQD), self.heads),
-                seen.key,
-                seen.value,
-                attn_mask=seen.mask_B11L,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
-            attended.append(y_BHQd.transpose(1, 2).flatten(2))
-        y_BQD = self.out(torch.cat(attended, dim=1))
-        return self.norm(torch.cat(list(queries.values()), dim=1) + F.dropout(y_BQD, self.dropout, self.training))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.inner = nn.Linear(hidden_size, intermediate_size)
-        self.outer = nn.Linear(intermediate_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        y_BSD = self.outer(F.gelu(self.inner(x_BSD)))
-        return self.norm(x_BSD + F.dropout(y_BSD, self.dropout, self.training))
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyValue:
-    """Keys and values of one source for one layer, (B, H, L, D/H), and which of the L are real."""
-
-    key: Tensor
-    value: Tensor
-    mask_B11L: Tensor | None
-
-    def index(self, rows_B: Tensor) -> "KeyValue":
-        return KeyValue(
-            self.key[rows_B], self.value[rows_B], None if self.mask_B11L is None else self.mask_B11L[rows_B]
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What the queries look at: keys and values of a batch of pictures, projected once, shared by all objectives."""
-
-    layers: tuple[dict[str, KeyValue], ...]
-
-    def index(self, rows_B: Tensor) -> "Memory":
-        return Memory(tuple({source: kv.index(rows_B) for source, kv in layer.items()} for layer in self.layers))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: MQFormerConfig, memory_widths: dict[str, int]) -> None:
-        super().__init__()
-        self.attention = SelfAttention(config.hidden_size, config.heads, config.dropout)
-        self.cross_attention = (
-            CrossAttention(config.hidden_size, config.heads, config.dropout, memory_widths) if memory_widths else None
-        )
-        self.text_feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.dropout)
-        self.query_feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.dropout)
-
-    def forward(
-        self, x_BSD: Tensor, mask_B1SS: Tensor, counts: dict[str, int], memory: dict[str, KeyValue] | None
-    ) -> Tensor:
-        x_BSD = self.attention(x_BSD, mask_B1SS)
-        queries = sum(counts.values())
-        if not queries:
-            return self.text_feed_forward(x_BSD)
-        query_BQD, text_BTD = x_BSD[:, :queries], x_BSD[:, queries:]
-        if self.cross_attention is not None and memory is not None:
-            parts = dict(zip(counts, query_BQD.split(list(counts.values()), dim=1), strict=True))
-            query_BQD = self.cross_attention(parts, memory)
-        query_BQD = self.query_feed_forward(query_BQD)
-        return torch.cat([query_BQD, self.text_feed_forward(text_BTD)], dim=1) if text_BTD.shape[1] else query_BQD
-
-
 class TextHead(nn.Module):
     """BERT's language-model head; the decoder is tied to the word embeddings."""
 
@@ -225,6 +108,14 @@ class TextHead(nn.Module):
 
     def forward(self, text_BTD: Tensor, word_embeddings: nn.Embedding) -> Tensor:
         return F.linear(self.norm(F.gelu(self.dense(text_BTD))), word_embeddings.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedQueries:
+    """Outputs of the queries without text, and each layer's keys and values, for text that looks back at them."""
+
+    query_PQD: Tensor
+    layers: tuple[KeyValue, ...]
 
 
 class MQFormer(nn.Module):
@@ -255,13 +146,21 @@ class MQFormer(nn.Module):
         widths = {"visual": config.image_width, "grounding": width}
         memory_widths = {name: widths[name] for name in self.counts}
         self.layers = nn.ModuleList(
-            Layer(config, memory_widths if i % config.cross_attention_every == 0 else {}) for i in range(config.layers)
+            Layer(
+                hidden_size=width,
+                heads=config.heads,
+                intermediate_size=config.intermediate_size,
+                dropout=config.dropout,
+                memory_widths=memory_widths if i % config.cross_attention_every == 0 else {},
+            )
+            for i in range(config.layers)
         )
+        self.activation_checkpointing = False
         self.text_head = TextHead(width, config.vocabulary_size)
         self.image_projection = nn.Linear(width, config.projection_size)
         self.text_projection = nn.Linear(width, config.projection_size)
         self.matching_head = nn.Linear(width, 2)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.temperature = nn.Parameter(torch.tensor([config.temperature]))  # FSDP2 shards no scalars
         for module in (
             self.word_embeddings,
             self.position_embeddings,
@@ -273,64 +172,137 @@ class MQFormer(nn.Module):
         for parameter in (self.visual_queries, self.grounding_queries):
             nn.init.normal_(parameter, std=0.02)
 
-    def look(self, image_tokens_BPD: Tensor, local: LocalFeatures) -> Memory:
+    def look(self, image_tokens_BLD: Tensor, local: LocalFeatures) -> Memory:
         """Project keys and values of a batch of pictures, once for all objectives."""
         tokens: dict[str, tuple[Tensor, Tensor | None]] = {}
         if "visual" in self.counts:
-            normalised = self.image_norm(image_tokens_BPD.to(self.image_norm.weight.dtype))
+            normalised = self.image_norm(image_tokens_BLD.to(self.image_norm.weight.dtype))
             tokens["visual"] = (normalised, None)
         if "grounding" in self.counts:
-            local_BLD, mask_BL = self.local_tokens(local)
-            tokens["grounding"] = (local_BLD, mask_BL[:, None, None, :])
-        layers: list[dict[str, KeyValue]] = []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            layers.append({} if layer.cross_attention is None else layer.cross_attention.remember(tokens))
-        return Memory(tuple(layers))
+            tokens["grounding"] = self._local(local)
+        return Memory(tuple(layer.remember(tokens) for layer in self._layers), len(image_tokens_BLD))
+
+    def look_again(self, memory: Memory, local: LocalFeatures) -> Memory:
+        """The same pictures with other local features; what was projected of the image stays."""
+        if "grounding" not in self.counts:
+            return memory
+        tokens: dict[str, tuple[Tensor, Tensor | None]] = {"grounding": self._local(local)}
+        layers = (seen | layer.remember(tokens) for layer, seen in zip(self._layers, memory.layers, strict=True))
+        return Memory(tuple(layers), memory.pictures)
+
+    def _local(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
+        local_BLD, mask_BL = self.local_tokens(local)
+        return local_BLD, mask_BL[:, None, None, :]
+
+    @property
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def encode_queries(self, memory: Memory, *, cross_query: bool = True) -> EncodedQueries:
+        """The queries without text, for every objective in which they see none."""
+        x_PSD = self._embed(memory.rows, None)
+        visual, grounding = self.config.visual_queries, self.config.grounding_queries
+        mask = None
+        if not cross_query and visual and grounding:
+            none_P0 = torch.ones(memory.rows, 0, dtype=torch.bool, device=x_PSD.device)
+            mask = attention_mask(
+                "contrastive", visual=visual, grounding=grounding, text_mask_BT=none_P0, cross_query=False
+            )
+        query_PQD, layers = self._run(x_PSD, mask, memory)
+        return EncodedQueries(query_PQD, layers)
 
     def forward(
         self,
         objective: Objective,
         memory: Memory | None,
-        text_ids_BT: Tensor | None = None,
-        text_mask_BT: Tensor | None = None,
+        text_ids_PT: Tensor | None = None,
+        text_mask_PT: Tensor | None = None,
         *,
         cross_query: bool = True,
+        encoded: EncodedQueries | None = None,
+        wanted: Wanted = "both",
     ) -> tuple[Tensor, Tensor]:
         """Run the transformer under the attention pattern of one objective.
 
         Args:
             memory: from `look`; None encodes text alone.
-            text_ids_BT: None runs the queries alone.
-            text_mask_BT: bool, True where a token is real.
+            text_ids_PT: None runs the queries alone.
+            text_mask_PT: bool, True where a token is real.
+            encoded: these queries are not run again, where the pattern hides the text from them; only text comes back.
+            wanted: what of the result is read; the last layer computes no more (`cls` is the text's first position).
 
         Returns:
-            query_BQD and text_BTD (either may have length 0).
+            query_PQD and text_PTD (either may have length 0).
         """
+        if text_ids_PT is None:
+            assert memory is not None
+            encoded = self.encode_queries(memory, cross_query=cross_query)
+            return encoded.query_PQD, encoded.query_PQD[:, :0]
         counts = self.counts if memory is not None else {}
         queries = sum(counts.values())
-        parts = []
-        if memory is not None:
-            first = next(iter(next(layer for layer in memory.layers if layer).values()))
-            both_QD = torch.cat([self.visual_queries, self.grounding_queries])
-            parts.append(both_QD.expand(first.key.shape[0], -1, -1))
-        if text_ids_BT is not None:
-            positions_T = torch.arange(text_ids_BT.shape[1], device=text_ids_BT.device)
-            parts.append(self.word_embeddings(text_ids_BT) + self.position_embeddings(positions_T))
-        x_BSD = self.embedding_norm(torch.cat(parts, dim=1))
-        x_BSD = F.dropout(x_BSD, self.config.dropout, self.training)
-        if text_mask_BT is None:
-            text_mask_BT = x_BSD.new_ones(x_BSD.shape[0], x_BSD.shape[1] - queries, dtype=torch.bool)
-        mask_B1SS = attention_mask(
+        mask_P1SK = attention_mask(
             objective,
             visual=counts.get("visual", 0),
             grounding=counts.get("grounding", 0),
-            text_mask_BT=text_mask_BT,
+            text_mask_BT=torch.ones_like(text_ids_PT, dtype=torch.bool) if text_mask_PT is None else text_mask_PT,
             cross_query=cross_query,
         )
+        if encoded is not None:
+            assert not PATTERNS[objective].queries_see_text
+            text_PTD, _ = self._run(
+                self._embed(0, text_ids_PT), mask_P1SK[:, :, queries:], None, encoded=encoded, wanted=wanted
+            )
+            return text_PTD[:, :0], text_PTD
+        x_PSD, _ = self._run(
+            self._embed(0 if memory is None else memory.rows, text_ids_PT), mask_P1SK, memory, wanted=wanted
+        )
+        kept = queries if wanted in ("both", "queries") else 0
+        return x_PSD[:, :kept], x_PSD[:, kept:]
+
+    def _embed(self, rows_with_queries: int, text_ids_PT: Tensor | None) -> Tensor:
+        parts = []
+        if rows_with_queries:
+            both_QD = torch.cat([self.visual_queries, self.grounding_queries])
+            parts.append(both_QD.expand(rows_with_queries, -1, -1))
+        if text_ids_PT is not None:
+            positions_T = torch.arange(text_ids_PT.shape[1], device=text_ids_PT.device)
+            parts.append(self.word_embeddings(text_ids_PT) + self.position_embeddings(positions_T))
+        x_PSD = self.embedding_norm(torch.cat(parts, dim=1))
+        return F.dropout(x_PSD, self.config.dropout, self.training)
+
+    def _run(
+        self,
+        x_PSD: Tensor,
+        mask_P1SK: Tensor | None,
+        memory: Memory | None,
+        *,
+        encoded: EncodedQueries | None = None,
+        wanted: Wanted = "both",
+    ) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """All layers. Returns what is wanted of x, and each layer's keys and values in self-attention."""
+        keys_and_values = []
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x_BSD = layer(x_BSD, mask_B1SS, counts, memory.layers[index] if memory is not None else None)
-        return x_BSD[:, :queries], x_BSD[:, queries:]
+            arguments = (
+                x_PSD,
+                mask_P1SK,
+                {} if memory is None else self.counts,
+                {} if memory is None else memory.layers[index],
+                None if memory is None else memory.lanes,
+                None if encoded is None else encoded.layers[index],
+                wanted if index == last else "both",
+            )
+            if self.activation_checkpointing and self.training:
+                x_PSD, own = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x_PSD, own = layer(*arguments)
+            keys_and_values.append(own)
+        return x_PSD, tuple(keys_and_values)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each layer (torch.compile); lengths of texts and numbers of objects stay dynamic."""
+        for layer in self._layers:
+            layer.compile(dynamic=True, backend=backend)
 
     def split_queries(self, query_BQD: Tensor) -> tuple[Tensor, Tensor]:
         """Visual and grounding outputs; where one kind numbers zero, the other stands in (the paper's ablation)."""

@@ -1,10 +1,11 @@
 """The training loop of both stages: it sequences steps, checkpoints and logs; the stage computes the losses."""
 
+import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,11 @@ from lyrics import optimizer
 from lyrics.errors import InputError
 from lyrics.seeding import rng, stable_seed
 from lyrics.stage import Tracker
-from lyrics.train import checkpoint
+from lyrics.train import checkpoint, devices
+from lyrics.train.devices import Ranks
 
+ALONE = Ranks()
 log = logging.getLogger(__name__)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def cosine_with_warmup(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -46,27 +40,39 @@ def batches(seed: int, count: int, batch_size: int, step: int) -> np.ndarray:
     return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
 
 
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Part of a step: `losses` computes its share of the joint losses; `ids` are its samples on this rank."""
+
+    losses: Callable[[], dict[str, Tensor]]
+    ids: Sequence[str]
+    last: bool = True
+
+
 def fit(
     *,
     name: str,
     seed: int,
     steps: int,
+    model: nn.Module,
     trainable: dict[str, nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     warmup_steps: int,
     grad_clip: float,
-    losses_at: Callable[[int], tuple[dict[str, Tensor], Sequence[str]]],
+    losses_at: Callable[[int], Iterable[MicroBatch]],
     work: Path,
     checkpoint_every: int,
     log_every: int,
     samples_per_step: int,
     tracker: Tracker,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
     """Train for `steps` steps, resuming from the newest checkpoint in `work`.
 
     Args:
-        losses_at: losses by name and the sample ids of the batch, as a function of the step alone: every draw inside
-            is keyed by (seed, step, sample), so that a resumed run computes what an uninterrupted one would.
+        model: as `devices.prepare` gives it.
+        losses_at: the micro-batches of a step, computed as they are asked for. Every draw inside is keyed by
+            (seed, step, sample), so that a resumed run computes what an uninterrupted one would.
 
     Returns:
         History: one row per `log_every` steps, means since the row before.
@@ -74,58 +80,80 @@ def fit(
     Raises:
         FloatingPointError: a loss or gradient is not finite; nothing was stepped, the last checkpoint stands.
     """
-    state = checkpoint.load_newest(work / "checkpoints")
-    first, history = 0, []
-    if state is not None:
-        with torch.no_grad():
-            for key, parameter in trainable.items():
-                parameter.copy_(state["weights"][key])
-        for one, saved in zip(optimizers, state["optimizers"], strict=True):
-            one.load_state_dict(saved)
-        first, history = state["step"], json.loads(state["history"])
+    first, history, sums = _resume(name, work / "checkpoints", trainable, optimizers)
+    if first:
         log.info("%s resumes at step %d of %d", name, first, steps)
-    sums: dict[str, list[float]] = json.loads(state["sums"]) if state is not None else {}
     started = time.monotonic()
-    for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=2, unit="step"):
+    progress = tqdm(
+        range(first, steps), desc=name, initial=first, total=steps, mininterval=2, unit="step", disable=not ranks.first
+    )
+    for step in progress:
         optimizer.scale_lr(optimizers, cosine_with_warmup(step, warmup_steps=warmup_steps, steps=steps))
-        torch.manual_seed(stable_seed(seed, name, step))
-        losses, ids = losses_at(step)
-        total = torch.stack(list(losses.values())).sum()
+        torch.manual_seed(stable_seed(seed, name, step, ranks.rank))
         for one in optimizers:
             one.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(list(trainable.values()), grad_clip)
-        loss_value, norm_value = total.item(), norm.item()
-        if not math.isfinite(loss_value + norm_value):
+        losses, ids = _accumulate(model, losses_at(step), ranks)
+        norm = devices.whole(nn.utils.clip_grad_norm_(list(trainable.values()), grad_clip)).item()
+        if not math.isfinite(sum(losses.values()) + norm):
             raise FloatingPointError(
-                f"{name} stopped before step {step}: loss {loss_value}, gradient norm {norm_value} on samples "
+                f"{name} stopped before step {step}: loss {sum(losses.values())}, gradient norm {norm} on samples "
                 f"{', '.join(ids[:8])} …; the last checkpoint is kept. Lower the learning rate or look at them."
             )
         for one in optimizers:
             one.step()
         for key, value in losses.items():
-            sums.setdefault(key, []).append(value.item())
+            sums.setdefault(key, []).append(value)
         if (step + 1) % log_every == 0 or step + 1 == steps:
             row = {f"{name}/{key}": sum(v) / len(v) for key, v in sorted(sums.items())}
             history.append({"step": step + 1, **row})
             sums = {}
             rate = (step + 1 - first) * samples_per_step / (time.monotonic() - started)
             tracker.log_metrics(
-                {**row, f"{name}/lr": optimizers[0].param_groups[0]["lr"], f"{name}/grad_norm": norm_value,
+                {**row, f"{name}/lr": optimizers[0].param_groups[0]["lr"], f"{name}/grad_norm": norm,
                  f"{name}/samples_per_second": rate}, step=step + 1,
             )  # fmt: skip
         if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
-            checkpoint.save(
-                work / "checkpoints",
-                step + 1,
-                {
-                    "weights": {key: p.detach().cpu() for key, p in trainable.items()},
-                    "optimizers": [one.state_dict() for one in optimizers],
-                    "history": json.dumps(history),
-                    "sums": json.dumps(sums),
-                },
-            )
+            state = {
+                "weights": devices.whole(trainable),
+                "optimizers": devices.whole([one.state_dict() for one in optimizers]),
+                "history": json.dumps(history),
+                "sums": json.dumps(sums),
+            }
+            if ranks.first:
+                checkpoint.save(work / "checkpoints", step + 1, state)
     return history
+
+
+def _resume(
+    name: str, folder: Path, trainable: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, float]], dict[str, list[float]]]:
+    """The step to go on with, the history and the losses since its last row."""
+    state = checkpoint.load_newest(folder)
+    if state is None:
+        return 0, [], {}
+    for key, parameter in trainable.items():
+        devices.copy_whole(parameter, state["weights"][key])
+    for one, saved in zip(optimizers, state["optimizers"], strict=True):
+        devices.load_optimizer(one, saved)
+    return state["step"], json.loads(state["history"]), json.loads(state["sums"])
+
+
+def _accumulate(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], ranks: Ranks
+) -> tuple[dict[str, float], list[str]]:
+    """Gradients of all micro-batches and ranks; returns the joint losses and the ids of this rank's samples."""
+    sums: dict[str, Tensor] = {}
+    ids: list[str] = []
+    for micro in micro_batches:
+        with devices.gradients_at_the_end(model, micro.last):
+            losses = micro.losses()
+            # Data-parallel wrappers average gradients over ranks; the joint loss is the sum.
+            (torch.stack(list(losses.values())).sum() * ranks.size).backward()
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + value.detach()
+        ids += micro.ids
+    joint = ranks.sum(torch.stack(list(sums.values())).float())
+    return dict(zip(sums, joint.tolist(), strict=True)), ids
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:

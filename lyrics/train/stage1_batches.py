@@ -1,4 +1,7 @@
-"""Batches of stage 1: pictures with caption and spatial representation, every draw keyed by (seed, step, sample)."""
+"""Batches of stage 1: pictures with caption and spatial representation, every draw keyed by (seed, step, sample).
+
+Shapes: B pairs in the joint batch, b of them on this rank, N objects.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,10 +47,28 @@ def spatial_ids(image: RefinedImage, tokenizer: TextTokenizer, coordinate_format
     return SpatialIds(ids, tags, places)
 
 
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """A spatial representation with [MASK] in places, labels (IGNORED elsewhere), and the tags and boxes hidden."""
+
+    ids: list[int]
+    labels: list[int]
+    hidden_N2: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage1Batch:
-    """B pairs. `*_rows` are token ids without special tokens; `same_*_BB` marks pairs that share picture or text."""
+    """Texts of B pairs, pictures and masked texts of the b among them that are this rank's.
 
+    Attributes:
+        own: the place of the b among the B.
+        ids: of the b.
+        caption_rows, spatial_rows: B lists of token ids without special tokens.
+        same_caption_BB, same_spatial_BB: pairs that share a picture or the text.
+        totals: by loss, over how many terms it is the mean.
+    """
+
+    own: slice
     ids: tuple[str, ...]
     visual: VisualBatch
     caption_rows: list[list[int]]
@@ -56,9 +77,10 @@ class Stage1Batch:
     same_spatial_BB: Tensor
     msp_rows: list[list[int]]
     msp_labels: list[list[int]]
-    hidden_tag_BN: Tensor
-    hidden_box_BN: Tensor
+    hidden_tag_bN: Tensor
+    hidden_box_bN: Tensor
     uniform_B2: Tensor
+    totals: dict[str, int]
 
 
 class Stage1Data:
@@ -71,43 +93,54 @@ class Stage1Data:
         *,
         coordinate_format: CoordinateFormat,
         mask_probability: float,
+        max_text_tokens: int,
         seed: int,
     ) -> None:
         self.tokenizer, self.coordinate_format = tokenizer, coordinate_format
-        self.mask_probability, self.seed = mask_probability, seed
+        self.mask_probability, self.max_text_tokens, self.seed = mask_probability, max_text_tokens, seed
         self.pairs = [(s, i) for s in splits for i, image in s.images.items() if image.captions]
         self._spatial: dict[int, SpatialIds] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def batch(self, indices: Sequence[int] | np.ndarray, step: int) -> Stage1Batch:
-        """The pairs `indices` as the training step `step` sees them."""
+    def batch(self, indices: Sequence[int] | np.ndarray, step: int, own: slice | None = None) -> Stage1Batch:
+        """The pairs `indices` as the training step `step` sees them; pictures only of those in `own` (None: all)."""
+        own = slice(0, len(indices)) if own is None else own
         chosen = [self.pairs[i] for i in indices]
         images = [split.images[image_id] for split, image_id in chosen]
         draws = [rng(self.seed, "stage1", step, image.image_id) for image in images]
         captions = [i.captions[int(d.integers(len(i.captions)))] for i, d in zip(images, draws, strict=True)]
         spatial = [self._spatial_ids(int(index), image) for index, image in zip(indices, images, strict=True)]
-        visual = self.tokenizer.visual_batch([split.seen(image_id) for split, image_id in chosen])
-        hidden_tag = np.zeros(visual.local.object_mask_BN.shape, dtype=bool)
-        hidden_box = np.zeros_like(hidden_tag)
-        masked = [
-            self._mask(s, d, hidden_tag[row], hidden_box[row])
-            for row, (s, d) in enumerate(zip(spatial, draws, strict=True))
-        ]
-        same_image = _equal([i.image_id for i in images])
+        caption_rows = [self.tokenizer.ids(c)[:MAX_CAPTION_TOKENS] for c in captions]
+        masked = [self._mask(s, d) for s, d in zip(spatial, draws, strict=True)]
+        same_image_BB = _equal([i.image_id for i in images])
+        same_caption_BB = same_image_BB | _equal(captions)
+        visual = self.tokenizer.visual_batch([split.seen(image_id) for split, image_id in chosen[own]])
+        hidden_bN2 = np.zeros((*visual.local.object_mask_BN.shape, 2), dtype=bool)
+        for row, one in enumerate(masked[own]):
+            hidden_bN2[row, : len(one.hidden_N2)] = one.hidden_N2
         return Stage1Batch(
-            ids=tuple(i.image_id for i in images),
+            own=own,
+            ids=tuple(i.image_id for i in images[own]),
             visual=visual,
-            caption_rows=[self.tokenizer.ids(c)[:MAX_CAPTION_TOKENS] for c in captions],
+            caption_rows=caption_rows,
             spatial_rows=[s.ids for s in spatial],
-            same_caption_BB=same_image | _equal(captions),
-            same_spatial_BB=same_image | _equal([i.spatial_text for i in images]),
-            msp_rows=[ids for ids, _ in masked],
-            msp_labels=[labels for _, labels in masked],
-            hidden_tag_BN=torch.from_numpy(hidden_tag),
-            hidden_box_BN=torch.from_numpy(hidden_box),
+            same_caption_BB=same_caption_BB,
+            same_spatial_BB=same_image_BB | _equal([i.spatial_text for i in images]),
+            msp_rows=[m.ids for m in masked[own]],
+            msp_labels=[m.labels for m in masked[own]],
+            hidden_tag_bN=torch.from_numpy(hidden_bN2[..., 0].copy()),
+            hidden_box_bN=torch.from_numpy(hidden_bN2[..., 1].copy()),
             uniform_B2=torch.from_numpy(np.stack([d.random(2) for d in draws])),
+            totals={
+                "itc_loss": len(images),
+                "itc_spatial_loss": len(images),
+                # A pair, and one negative each way where there is one.
+                "itm_loss": len(images) + 2 * int((~same_caption_BB).any(1).sum()),
+                "icg_loss": sum(len(row) + 1 for row in caption_rows),
+                "msp_loss": sum(self._asked(m.labels) for m in masked),
+            },
         )
 
     def _spatial_ids(self, index: int, image: RefinedImage) -> SpatialIds:
@@ -115,24 +148,22 @@ class Stage1Data:
             self._spatial[index] = spatial_ids(image, self.tokenizer, self.coordinate_format)
         return self._spatial[index]
 
-    def _mask(
-        self, spatial: SpatialIds, draw: np.random.Generator, hidden_tag_N: np.ndarray, hidden_box_N: np.ndarray
-    ) -> tuple[list[int], list[int]]:
-        """Hide whole tags and boxes, at least one of them; returns ids with [MASK] and labels (IGNORED elsewhere)."""
+    def _mask(self, spatial: SpatialIds, draw: np.random.Generator) -> Masked:
+        """Hide whole tags and boxes, at least one of them where there are objects."""
         count = len(spatial.tag_spans)
         ids, labels = list(spatial.ids), [IGNORED] * len(spatial.ids)
-        if not count:
-            return ids, labels
-        hidden = draw.random((count, 2)) < self.mask_probability
-        if not hidden.any():
-            hidden[draw.integers(count), draw.integers(2)] = True
+        hidden_N2 = draw.random((count, 2)) < self.mask_probability
+        if count and not hidden_N2.any():
+            hidden_N2[draw.integers(count), draw.integers(2)] = True
         for n in range(count):
-            for hide, (start, end) in zip(hidden[n], (spatial.tag_spans[n], spatial.box_spans[n]), strict=True):
+            for hide, (start, end) in zip(hidden_N2[n], (spatial.tag_spans[n], spatial.box_spans[n]), strict=True):
                 if hide:
                     labels[start:end] = ids[start:end]
                     ids[start:end] = [self.tokenizer.mask] * (end - start)
-        hidden_tag_N[:count], hidden_box_N[:count] = hidden.T
-        return ids, labels
+        return Masked(ids, labels, hidden_N2)
+
+    def _asked(self, labels: list[int]) -> int:
+        return sum(label != IGNORED for label in labels[: self.max_text_tokens - 2])
 
 
 def _equal(values: Sequence[str]) -> Tensor:

@@ -1,7 +1,6 @@
 """What stage 1 learned, on held-out pictures: retrieval, matching, masked spatial prediction beside its baseline."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,10 +8,8 @@ from torch import Tensor
 from lyrics.config import Config
 from lyrics.model.inputs import TextTokenizer
 from lyrics.train.losses import query_text_similarity
-from lyrics.train.stage1_batches import Stage1Batch, Stage1Data
-
-if TYPE_CHECKING:
-    from lyrics.train.stage1 import Objectives
+from lyrics.train.objectives import Objectives
+from lyrics.train.stage1_batches import Stage1Batch
 
 HELD_OUT = ("val", "test")  # the first that exists
 MOST = 200
@@ -20,35 +17,28 @@ RANKS = (1, 5, 10)
 
 
 @torch.no_grad()
-def measure(objectives: "Objectives", config: Config, tokenizer: TextTokenizer) -> dict[str, float]:
+def measure(objectives: Objectives, config: Config, tokenizer: TextTokenizer) -> dict[str, float]:
     """Retrieval recall among at most 200 pictures, ITM accuracy on hard negatives, MSP accuracy."""
-    from lyrics.train.stage1 import open_splits
+    from lyrics.train.stage1 import open_splits, stage1_data
 
-    splits = open_splits(HELD_OUT)[:1]
-    data = Stage1Data(
-        splits,
-        tokenizer,
-        coordinate_format=config.refine.coordinate_format,
-        mask_probability=config.stage1.mask_probability,
-        seed=config.seed,
-    )
+    data = stage1_data(config, tokenizer, open_splits(HELD_OUT)[:1])
     count = min(MOST, len(data))
     if count < 2:
         return {}
     batches = [data.batch(list(range(i, min(i + 50, count))), step=0) for i in range(0, count, 50)]
-    found = _retrieval(objectives, batches)
-    matched: list[Tensor] = []
-    tokens: list[Tensor] = []
-    other: list[Tensor] = []
+    visual, text, matched, tokens, other = [], [], [], [], []
     for batch in batches:
-        if len(batch.ids) < 2:
-            continue
-        memory = objectives.look(batch)
-        similarity_BB, _ = objectives.similarities(batch, memory)
-        logits_B2, matched_B = objectives.matching_logits(batch, memory, similarity_BB)
-        matched.append((logits_B2.argmax(-1) == matched_B.long()).float())
+        looked = objectives.look(batch)
+        query_BQC, caption_BC, _ = objectives.contrastive_features(batch, looked)
+        visual.append(objectives.mq_former.split_queries(query_BQC)[0])
+        text.append(caption_BC)
+        if len(batch.ids) > 1:
+            similarity_BB = query_text_similarity(visual[-1], caption_BC)
+            logits_P2, matched_P = objectives.matching_logits(batch, looked, similarity_BB, similarity_BB.T)
+            matched.append((logits_P2.argmax(-1) == matched_P.long()).float())
         tokens.append(_right(objectives, batch))
         other.append(_right(objectives, _of_other_pictures(batch)))
+    found = _retrieval(query_text_similarity(torch.cat(visual), torch.cat(text)))
     found["itm_accuracy"] = float(torch.cat(matched).mean())
     if sum(map(len, tokens)):
         found["msp_accuracy"] = float(torch.cat(tokens).mean())
@@ -56,24 +46,16 @@ def measure(objectives: "Objectives", config: Config, tokenizer: TextTokenizer) 
     return found
 
 
-def _retrieval(objectives: "Objectives", batches: list[Stage1Batch]) -> dict[str, float]:
-    visual, text = [], []
-    for batch in batches:
-        query_BQD, _ = objectives.mq_former(
-            "contrastive", objectives.look(batch), cross_query=objectives.itc_cross_query
-        )
-        visual.append(objectives.mq_former.split_queries(objectives.mq_former.image_projection(query_BQD))[0])
-        text.append(objectives.encode_text(batch.caption_rows))
-    similarity_BB = query_text_similarity(torch.cat(visual), torch.cat(text))
+def _retrieval(similarity_BB: Tensor) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name, matrix in (("image_to_text", similarity_BB), ("text_to_image", similarity_BB.T)):
-        rank_B = (matrix > matrix.diagonal()[:, None]).sum(-1)
+    for name, matrix_BB in (("image_to_text", similarity_BB), ("text_to_image", similarity_BB.T)):
+        rank_B = (matrix_BB > matrix_BB.diagonal()[:, None]).sum(-1)
         found |= {f"{name}_recall_at_{k}": float((rank_B < k).float().mean()) for k in RANKS}
     return found
 
 
-def _right(objectives: "Objectives", batch: Stage1Batch) -> Tensor:
-    logits_MV, labels_M = objectives.masked_spatial_logits(batch)
+def _right(objectives: Objectives, batch: Stage1Batch) -> Tensor:
+    logits_MV, labels_M = objectives.masked_spatial_logits(batch, objectives.look(batch))
     return (logits_MV.argmax(-1) == labels_M).float()
 
 

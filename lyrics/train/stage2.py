@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lyrics.model.lyrics import STAGE1_HEADS, LyricsModel
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
 from lyrics.stage import Tracker
-from lyrics.train import loop
+from lyrics.train import devices, loop
+from lyrics.train.loop import MicroBatch
 from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
 from lyrics.train.stage2_batches import Stage2Data, without_target
 
@@ -57,7 +59,7 @@ def trainable_parameters(model: LyricsModel) -> dict[str, torch.nn.Parameter]:
 def run(config: Config, work: Path, tracker: Tracker) -> None:
     """The `finetune` verb: writes model.safetensors, adapter/, config.json and history.jsonl."""
     settings = config.stage2
-    device = loop.pick_device(config.device)
+    device = devices.pick_device(config.device)
     numerics.use_deterministic_kernels()
     splits = open_splits((TRAIN_SPLIT,))
     if not splits or not splits[0].samples:
@@ -90,16 +92,21 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         weight_decay=settings.optimizer.weight_decay,
     )
 
-    def losses_at(step: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    def losses_at(step: int) -> Iterator[MicroBatch]:
         batch = data.batch(step, settings.batch_size)
-        with numerics.autocast(device, settings.precision):
-            loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts, settings.loss_average)
-        return {"lm_loss": loss}, batch.ids
+
+        def losses() -> dict[str, Tensor]:
+            with numerics.autocast(device, settings.precision):
+                loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts, settings.loss_average)
+            return {"lm_loss": loss}
+
+        yield MicroBatch(losses, batch.ids)
 
     history = loop.fit(
         name="stage2",
         seed=config.seed,
         steps=settings.steps,
+        model=model,
         trainable=trainable,
         optimizers=optimizers,
         warmup_steps=settings.optimizer.warmup_steps,

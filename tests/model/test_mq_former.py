@@ -140,6 +140,73 @@ def test_memory_index_equals_looking_again() -> None:
     torch.testing.assert_close(indexed, again)
 
 
+def test_rows_of_one_picture_stand_side_by_side_in_any_order() -> None:
+    mq_former = model()
+    image, local = pictures(batch=3)
+    rows = torch.tensor([1, 1, 2, 1])  # picture 0 has no row
+    ids = torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12]])
+    indexed, _ = mq_former("matching", mq_former.look(image, local).index(rows), ids)
+    alone = [
+        mq_former("matching", mq_former.look(image[picture], local.index(picture)), text)[0]
+        for picture, text in zip(rows.split(1), ids.split(1), strict=True)
+    ]
+    torch.testing.assert_close(indexed, torch.cat(alone))
+
+
+def test_captions_after_encoded_queries_are_those_of_one_pass() -> None:
+    mq_former = model()
+    memory = mq_former.look(*pictures())
+    ids, mask = torch.tensor([[5, 6, 7], [7, 8, 0]]), torch.tensor([[True, True, True], [True, True, False]])
+    encoded = mq_former.encode_queries(memory)
+    _, cached = mq_former("captioning", memory, ids, mask, encoded=encoded)
+    query, whole = mq_former("captioning", memory, ids, mask)
+    torch.testing.assert_close(cached, whole)
+    torch.testing.assert_close(encoded.query_PQD, query)
+
+
+@pytest.mark.parametrize("wanted", ["queries", "text", "cls"])
+def test_what_is_not_wanted_is_left_out_and_the_rest_is_the_same(wanted: str) -> None:
+    mq_former = model()
+    memory, ids = mq_former.look(*pictures()), torch.tensor([[5, 6, 7], [7, 8, 9]])
+    query, text = mq_former("matching", memory, ids)
+    expected = {"queries": (query, text[:, :0]), "text": (query[:, :0], text), "cls": (query[:, :0], text[:, :1])}
+    torch.testing.assert_close(mq_former("matching", memory, ids, wanted=wanted), expected[wanted])
+
+
+def test_looking_again_projects_other_local_features_and_keeps_the_image() -> None:
+    mq_former = model()
+    image, local = pictures()
+    hidden = dataclasses.replace(local, hidden_tag_BN=torch.tensor([[True, False, False], [False, True, True]]))
+    first = mq_former.look(image, local)
+    again, expected = mq_former.look_again(first, hidden), mq_former.look(image, hidden)
+    assert again.layers[0]["visual"] is first.layers[0]["visual"]
+    torch.testing.assert_close(again.layers[0]["grounding"].key, expected.layers[0]["grounding"].key)
+    assert not torch.equal(again.layers[0]["grounding"].key, first.layers[0]["grounding"].key)
+
+
+def test_checkpointed_activations_give_the_same_gradients() -> None:
+    found = []
+    for checkpointing in (False, True):
+        mq_former = model(dropout=0.3).train()
+        mq_former.activation_checkpointing = checkpointing
+        torch.manual_seed(3)
+        query, text = mq_former("matching", mq_former.look(*pictures()), torch.tensor([[5, 6], [7, 8]]))
+        (query.pow(2).sum() + text.pow(3).sum()).backward()
+        found.append({name: p.grad for name, p in mq_former.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_layers_compute_the_same(backend: str) -> None:
+    plain, compiled = model(), model()
+    compiled.compile_layers(backend)
+    for length in (2, 3):
+        ids = torch.arange(5, 5 + 2 * length).reshape(2, length)
+        expected = plain("matching", plain.look(*pictures()), ids)
+        torch.testing.assert_close(compiled("matching", compiled.look(*pictures()), ids), expected)
+
+
 def test_captioning_mask_is_causal_and_padding_sees_only_itself() -> None:
     mask = attention_mask("captioning", visual=1, grounding=0, text_mask_BT=torch.tensor([[True, True, False]]))
     assert mask[0, 0].tolist() == [

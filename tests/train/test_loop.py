@@ -2,11 +2,12 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lyrics import optimizer
 from lyrics.stage import NullTracker
@@ -29,17 +30,18 @@ def train(
     trainable = dict(net.named_parameters())
     optimizers = optimizer.build(net, algorithm=algorithm, lr_of=lambda _: 0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
-    def losses_at(step: int) -> tuple[dict[str, Tensor], list[str]]:
+    def losses_at(step: int) -> Iterator[loop.MicroBatch]:
         if step == kill_at:
             raise Killed
         inputs = torch.from_numpy(loop.batches(0, 7, 4, step)).float()[:, None].expand(-1, 3)
         loss = net(inputs).pow(2).mean()
-        return {"loss": loss * float("nan") if step == poison_at else loss}, ["sample-7"]
+        yield loop.MicroBatch(lambda: {"loss": loss * float("nan") if step == poison_at else loss}, ["sample-7"])
 
     history = loop.fit(
         name="stage1",
         seed=0,
         steps=12,
+        model=net,
         trainable=trainable,
         optimizers=optimizers,
         warmup_steps=3,
