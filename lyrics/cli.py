@@ -3,6 +3,8 @@
 Everything heavy is imported inside the verb that needs it, so that `--help` answers at once.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,17 +103,55 @@ def refine() -> None:
 @app.command(rich_help_panel=STAGES)
 def pretrain() -> None:
     """Stage 1: train MQ-Former into models/stage1."""
-    from lyrics.train import stage1
-
-    _stage("pretrain", stage1.run)
+    _stage("pretrain", _in_processes("pretrain"))
 
 
 @app.command(rich_help_panel=STAGES)
 def finetune() -> None:
     """Stage 2: instruction tuning with the language model into models/stage2."""
-    from lyrics.train import stage2
+    _stage("finetune", _in_processes("finetune"))
 
-    _stage("finetune", stage2.run)
+
+def _in_processes(stage: str) -> Callable[..., None]:
+    """A training stage, here or in as many processes as params/ says."""
+
+    def run(settings: Any, work: Path, tracker: Any) -> None:
+        processes = getattr(settings, _TRAINING[stage]).processes
+        if processes == 1:
+            return _trainer(stage)(settings, work, tracker)
+        from lyrics.train.launch import launch
+
+        launch(processes, stage, work, tracker.run_id)
+
+    return run
+
+
+_TRAINING = {"pretrain": "stage1", "finetune": "stage2"}
+
+
+def _trainer(stage: str) -> Callable[..., None]:
+    from importlib import import_module
+
+    return import_module(f"lyrics.train.{_TRAINING[stage]}").run
+
+
+@app.command(hidden=True)
+def worker(stage: str, work: Path, run_id: Annotated[str | None, typer.Option()] = None) -> None:
+    """One of the processes that train a stage together; torchrun starts it and says which it is."""
+    from lyrics import config
+    from lyrics.process import die_with_parent
+    from lyrics.stage import NullTracker, verdict
+    from lyrics.track import runs
+    from lyrics.train.launch import report_failure
+
+    die_with_parent()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with runs.continued(run_id) if run_id and rank == 0 else contextlib.nullcontext(NullTracker()) as tracker:
+            _trainer(stage)(config.load(), work, tracker)
+    except Exception as error:
+        report_failure(work, *verdict(error))
+        raise
 
 
 @app.command(rich_help_panel=STAGES)

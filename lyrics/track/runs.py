@@ -118,6 +118,14 @@ def stage_run(stage: str, config: Any) -> Iterator[RunTracker]:
 
 
 @contextlib.contextmanager
+def continued(run_id: str) -> Iterator[RunTracker]:
+    """Report to a run that another process of the same stage opened, and will close."""
+    tracker = RunTracker(server.connect(), run_id)
+    yield tracker
+    tracker.flush()
+
+
+@contextlib.contextmanager
 def parent_run(name: str = "end_to_end", config: Any = None) -> Iterator[ParentTracker]:
     """The run of a flow; while it is open, LYRICS_PARENT_RUN_ID tells stages in subprocesses where they belong."""
     with _run(ParentTracker, name, None) as tracker:
