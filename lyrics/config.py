@@ -246,6 +246,7 @@ class Stage1:
     temperature: Positive
     mask_probability: Fraction
     checkpoint_every: Count
+    checkpoints_kept: Count
     log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
     optimizer: Optimizer
@@ -282,6 +283,7 @@ class Stage2:
     loss_average: Literal["tokens", "samples"]
     lora: Lora
     checkpoint_every: Count
+    checkpoints_kept: Count
     log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
     lora_lr: Rate

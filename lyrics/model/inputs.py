@@ -30,6 +30,10 @@ class SeenImage:
     boxes_xyxy_N4: np.ndarray
     spatial_text: str
 
+    def is_finite(self) -> bool:
+        """Whether every number in it is."""
+        return all(np.isfinite(array).all() for array in vars(self).values() if isinstance(array, np.ndarray))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualBatch:

@@ -63,6 +63,15 @@ class Ranks:
         """The parts of all ranks, in their order, with gradients."""
         return x_bX if self.size == 1 else _Gather.apply(x_bX)
 
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Rank 0 does it first, then the others."""
+        if self.size > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.first:
+            dist.barrier()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, without gradients."""
         if self.size == 1:

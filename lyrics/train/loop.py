@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lyrics import optimizer
 from lyrics.errors import InputError
-from lyrics.seeding import rng, stable_seed
+from lyrics.seeding import reseed, rng
 from lyrics.stage import Tracker
 from lyrics.train import checkpoint, devices
 from lyrics.train.devices import Ranks
@@ -60,8 +60,10 @@ def fit(
     warmup_steps: int,
     grad_clip: float,
     losses_at: Callable[[int], Iterable[MicroBatch]],
+    not_finite_at: Callable[[int], Sequence[str]],
     work: Path,
     checkpoint_every: int,
+    checkpoints_kept: int,
     log_every: int,
     samples_per_step: int,
     tracker: Tracker,
@@ -72,7 +74,9 @@ def fit(
     Args:
         model: as `devices.prepare` gives it.
         losses_at: the micro-batches of a step, computed as they are asked for. Every draw inside is keyed by
-            (seed, step, sample), so that a resumed run computes what an uninterrupted one would.
+            (seed, step, sample), and the global generators (dropout) are set anew by (seed, step, rank), so that a
+            resumed run computes what an uninterrupted one would.
+        not_finite_at: the samples of the joint batch whose inputs are not finite; asked once training has to stop.
 
     Returns:
         History: one row per `log_every` steps, means since the row before.
@@ -80,7 +84,7 @@ def fit(
     Raises:
         FloatingPointError: a loss or gradient is not finite; nothing was stepped, the last checkpoint stands.
     """
-    first, history, sums = _resume(name, work / "checkpoints", trainable, optimizers)
+    first, history, sums = _resume(work / "checkpoints", trainable, optimizers, ranks)
     if first:
         log.info("%s resumes at step %d of %d", name, first, steps)
     started = time.monotonic()
@@ -89,15 +93,15 @@ def fit(
     )
     for step in progress:
         optimizer.scale_lr(optimizers, cosine_with_warmup(step, warmup_steps=warmup_steps, steps=steps))
-        torch.manual_seed(stable_seed(seed, name, step, ranks.rank))
+        reseed(seed, name, step, ranks.rank)
         for one in optimizers:
             one.zero_grad(set_to_none=True)
         losses, ids = _accumulate(model, losses_at(step), ranks)
         norm = devices.whole(nn.utils.clip_grad_norm_(list(trainable.values()), grad_clip)).item()
         if not math.isfinite(sum(losses.values()) + norm):
             raise FloatingPointError(
-                f"{name} stopped before step {step}: loss {sum(losses.values())}, gradient norm {norm} on samples "
-                f"{', '.join(ids[:8])} …; the last checkpoint is kept. Lower the learning rate or look at them."
+                f"{name} stopped before step {step}, with loss {sum(losses.values())} and gradient norm {norm}: "
+                f"{_suspects(ids, not_finite_at(step))}. Nothing was changed; the last checkpoint is kept."
             )
         for one in optimizers:
             one.step()
@@ -120,15 +124,19 @@ def fit(
                 "sums": json.dumps(sums),
             }
             if ranks.first:
-                checkpoint.save(work / "checkpoints", step + 1, state)
+                checkpoint.save(work / "checkpoints", step + 1, state, kept=checkpoints_kept)
     return history
 
 
 def _resume(
-    name: str, folder: Path, trainable: dict[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+    folder: Path,
+    trainable: dict[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    ranks: Ranks,
 ) -> tuple[int, list[dict[str, float]], dict[str, list[float]]]:
     """The step to go on with, the history and the losses since its last row."""
-    state = checkpoint.load_newest(folder)
+    with ranks.first_before_others():  # it clears damaged files away
+        state = checkpoint.load_newest(folder)
     if state is None:
         return 0, [], {}
     for key, parameter in trainable.items():
@@ -154,6 +162,12 @@ def _accumulate(
         ids += micro.ids
     joint = ranks.sum(torch.stack(list(sums.values())).float())
     return dict(zip(sums, joint.tolist(), strict=True)), ids
+
+
+def _suspects(ids: Sequence[str], not_finite: Sequence[str]) -> str:
+    if not_finite:
+        return f"the features of {', '.join(not_finite)} are not finite; make them again with: python -m lyrics refine"
+    return f"all inputs are finite; lower the learning rate, or look at the samples {', '.join(ids)}"
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:

@@ -124,6 +124,10 @@ def train(
 
             yield MicroBatch(losses, batch.ids, last=batch is batches[-1])
 
+    def not_finite_at(step: int) -> list[str]:
+        pairs = [data.pairs[i] for i in loop.batches(config.seed, len(data), batch_size, step)]
+        return [image_id for split, image_id in pairs if not split.seen(image_id).is_finite()]
+
     history = loop.fit(
         name="stage1",
         seed=config.seed,
@@ -134,8 +138,10 @@ def train(
         warmup_steps=settings.optimizer.warmup_steps,
         grad_clip=settings.optimizer.grad_clip,
         losses_at=losses_at,
+        not_finite_at=not_finite_at,
         work=work,
         checkpoint_every=settings.checkpoint_every,
+        checkpoints_kept=settings.checkpoints_kept,
         log_every=settings.log_every,
         samples_per_step=batch_size,
         tracker=tracker,

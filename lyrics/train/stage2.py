@@ -102,6 +102,10 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
 
         yield MicroBatch(losses, batch.ids)
 
+    def not_finite_at(step: int) -> list[str]:
+        batch = data.batch(step, settings.batch_size)
+        return [i for i, seen in zip(batch.ids, batch.seen, strict=True) if not seen.is_finite()]
+
     history = loop.fit(
         name="stage2",
         seed=config.seed,
@@ -112,8 +116,10 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         warmup_steps=settings.optimizer.warmup_steps,
         grad_clip=settings.optimizer.grad_clip,
         losses_at=losses_at,
+        not_finite_at=not_finite_at,
         work=work,
         checkpoint_every=settings.checkpoint_every,
+        checkpoints_kept=settings.checkpoints_kept,
         log_every=settings.log_every,
         samples_per_step=settings.batch_size,
         tracker=tracker,

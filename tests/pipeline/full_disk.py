@@ -57,11 +57,11 @@ def picture(folder: Path) -> None:
 
 
 def large_checkpoint(folder: Path) -> None:
-    checkpoint.save(folder, 1, {"weights": torch.ones(300_000)})
+    checkpoint.save(folder, 1, {"weights": torch.ones(300_000)}, kept=2)
 
 
 def checkpoint_of_many_tensors(folder: Path) -> None:
-    checkpoint.save(folder, 1, {str(number): torch.ones(300) for number in range(200)})
+    checkpoint.save(folder, 1, {str(number): torch.ones(300) for number in range(200)}, kept=2)
 
 
 def safetensors(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """The loop: resuming is exact, damage falls back, non-finite stops, batches cover every sample once an epoch."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +19,27 @@ from lyrics.train import checkpoint, loop
 
 class Killed(BaseException):
     """Stands for a kill: nothing in the loop may catch it."""
+
+
+def fit(work: Path, model: nn.Module, trainable: dict, optimizers: list, losses_at: Callable) -> list:
+    return loop.fit(
+        name="stage1",
+        seed=0,
+        steps=12,
+        model=model,
+        trainable=trainable,
+        optimizers=optimizers,
+        warmup_steps=3,
+        grad_clip=1.0,
+        losses_at=losses_at,
+        not_finite_at=lambda _: [],
+        work=work,
+        checkpoint_every=4,
+        checkpoints_kept=2,
+        log_every=5,
+        samples_per_step=4,
+        tracker=NullTracker(),
+    )
 
 
 def train(
@@ -37,22 +61,7 @@ def train(
         loss = net(inputs).pow(2).mean()
         yield loop.MicroBatch(lambda: {"loss": loss * float("nan") if step == poison_at else loss}, ["sample-7"])
 
-    history = loop.fit(
-        name="stage1",
-        seed=0,
-        steps=12,
-        model=net,
-        trainable=trainable,
-        optimizers=optimizers,
-        warmup_steps=3,
-        grad_clip=1.0,
-        losses_at=losses_at,
-        work=work,
-        checkpoint_every=4,
-        log_every=5,
-        samples_per_step=4,
-        tracker=NullTracker(),
-    )
+    history = fit(work, net, trainable, optimizers, losses_at)
     return {k: v.detach().clone() for k, v in net.state_dict().items()}, history
 
 
@@ -80,8 +89,71 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path: Path, capl
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, {"weights": torch.zeros(2)})
-    assert [p.name for p in sorted(tmp_path.glob("*"))] == ["00000004.pt", "00000005.pt"]
+        checkpoint.save(tmp_path, step, {"weights": torch.zeros(2)}, kept=3)
+        kept = [int(path.name[:8]) for path in sorted(tmp_path.glob("*"))]
+        assert kept == list(range(1, 6))[max(0, step - 3) : step]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "half of it", "nothing left"])
+def test_any_damage_is_noticed_and_then_cleared_away(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (4, 8):
+        checkpoint.save(tmp_path, step, {"weights": torch.full((100_000,), float(step))}, kept=2)
+    newest = sorted(tmp_path.glob("*"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of the tensor, where torch.load sees nothing
+    newest.write_bytes(content[: {"a flipped bit": None, "half of it": len(content) // 2, "nothing left": 0}[damage]])
+    assert checkpoint.load_newest(tmp_path)["step"] == 4
+    assert newest.name in caplog.text and "falling back" in caplog.text
+    checkpoint.save(tmp_path, 6, {"weights": torch.zeros(2)}, kept=2)
+    assert [int(path.name[:8]) for path in sorted(tmp_path.glob("*"))] == [4, 6]
+
+
+def test_without_a_whole_checkpoint_training_starts_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert checkpoint.load_newest(tmp_path) is None and not caplog.text
+    checkpoint.save(tmp_path, 4, {"weights": torch.zeros(2)}, kept=2)
+    next(tmp_path.glob("*.pt")).write_bytes(b"")
+    assert checkpoint.load_newest(tmp_path) is None
+    assert "starts anew" in caplog.text
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 4, {"weights": torch.zeros(2)}, kept=2)
+    (tmp_path / checkpoint._UNFINISHED).write_bytes(b"half a checkpoint")
+    assert checkpoint.load_newest(tmp_path)["step"] == 4
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_global_generator_follows_from_the_step(tmp_path: Path) -> None:
+    """Draws outside of the keyed streams, as dropout makes them, are the same after a resume."""
+
+    def draws(work: Path, kill_at: int | None) -> list[tuple[float, ...]]:
+        drawn: list[tuple[float, ...]] = []
+        weight = nn.Parameter(torch.zeros(1))
+
+        def losses_at(step: int) -> Iterator[loop.MicroBatch]:
+            if step == kill_at:
+                raise Killed
+            drawn.append((torch.rand(()).item(), float(np.random.rand()), random.random()))
+            yield loop.MicroBatch(lambda: {"loss": weight.pow(2).sum()}, [])
+
+        with contextlib.suppress(Killed):
+            fit(
+                work,
+                nn.Identity(),
+                {"weight": weight},
+                [torch.optim.SGD([{"params": [weight], "initial_lr": 0.1}])],
+                losses_at,
+            )
+        return drawn
+
+    whole = draws(tmp_path / "whole", None)
+    draws(tmp_path / "killed", 6)
+    assert draws(tmp_path / "killed", None) == whole[4:]
+    assert all(len(set(column)) == 12 for column in zip(*whole, strict=True))
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_names_samples(tmp_path: Path) -> None:
