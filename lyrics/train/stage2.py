@@ -78,6 +78,10 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.weights.items()})
     model = build(config).to(device)
     first = data.batch(0, _START_SAMPLES)
+    if damaged := first.not_finite():
+        raise InputError(
+            f"The features of {', '.join(damaged)} are not finite; make them again with: python -m lyrics refine"
+        )
     with torch.no_grad():
         query_BQD = model.query_outputs(first.instructions, first.seen)
     model.projection.start_from(query_BQD, model.llm.get_input_embeddings().weight)
@@ -103,8 +107,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         yield MicroBatch(losses, batch.ids)
 
     def not_finite_at(step: int) -> list[str]:
-        batch = data.batch(step, settings.batch_size)
-        return [i for i, seen in zip(batch.ids, batch.seen, strict=True) if not seen.is_finite()]
+        return data.batch(step, settings.batch_size).not_finite()
 
     history = loop.fit(
         name="stage2",

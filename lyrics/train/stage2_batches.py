@@ -38,6 +38,10 @@ class Stage2Batch:
     answers: list[str]
     spatial_texts: list[str]
 
+    def not_finite(self) -> list[str]:
+        """Ids of the samples whose features are not."""
+        return sorted({i for i, seen in zip(self.ids, self.seen, strict=True) if not seen.is_finite()})
+
 
 class Stage2Data:
     """Samples of a refined split by task."""
