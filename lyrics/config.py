@@ -366,6 +366,10 @@ def _check(config: Config) -> None:
             f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads "
             f"({config.mq_former.heads})"
         )
+    if not config.mq_former.visual_queries + config.mq_former.grounding_queries:
+        raise InputError(
+            "mq_former.visual_queries and mq_former.grounding_queries are both 0; set at least one of them above 0"
+        )
 
 
 def load(path: Path = CONFIG_PATH) -> Config:

@@ -84,14 +84,14 @@ class Memory:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, heads: int, dropout: float, eps: float) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size)
         self.value = nn.Linear(hidden_size, hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
     def forward(
         self, x_BSD: Tensor, mask_B1SK: Tensor | None, earlier: KeyValue | None = None, rows: slice | None = None
@@ -122,14 +122,14 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Queries look at one source each; query and output projections are shared, keys and values are not."""
 
-    def __init__(self, hidden_size: int, heads: int, dropout: float, memory_widths: dict[str, int]) -> None:
+    def __init__(self, hidden_size: int, heads: int, dropout: float, eps: float, memory_widths: dict[str, int]) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in memory_widths.items()})
         self.value = nn.ModuleDict({name: nn.Linear(width, hidden_size) for name, width in memory_widths.items()})
         self.out = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
     def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, KeyValue]:
         """Keys and values of each source's tokens_BLD, with their mask_B11L."""
@@ -158,12 +158,12 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float, eps: float) -> None:
         super().__init__()
         self.dropout = dropout
         self.inner = nn.Linear(hidden_size, intermediate_size)
         self.outer = nn.Linear(intermediate_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         y_BSD = self.outer(F.gelu(self.inner(x_BSD)))
@@ -180,13 +180,16 @@ class Layer(nn.Module):
         heads: int,
         intermediate_size: int,
         dropout: float,
+        eps: float,
         memory_widths: dict[str, int],
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(hidden_size, heads, dropout)
-        self.cross_attention = CrossAttention(hidden_size, heads, dropout, memory_widths) if memory_widths else None
-        self.text_feed_forward = FeedForward(hidden_size, intermediate_size, dropout)
-        self.query_feed_forward = FeedForward(hidden_size, intermediate_size, dropout)
+        self.attention = SelfAttention(hidden_size, heads, dropout, eps)
+        self.cross_attention = (
+            CrossAttention(hidden_size, heads, dropout, eps, memory_widths) if memory_widths else None
+        )
+        self.text_feed_forward = FeedForward(hidden_size, intermediate_size, dropout, eps)
+        self.query_feed_forward = FeedForward(hidden_size, intermediate_size, dropout, eps)
 
     def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, KeyValue]:
         """What its queries will look at; nothing in a layer without cross-attention."""

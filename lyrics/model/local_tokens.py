@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lyrics.errors import InputError
+
 BOX_FEATURES = 6  # corners, width, height
 
 
@@ -74,7 +76,16 @@ class LocalTokens(nn.Module):
         self._words = [word_embeddings]  # shared with the text side, owned there: a list keeps it unregistered here
 
     def forward(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
-        """Return tokens_BLD and their validity mask_BL (bool)."""
+        """Return tokens_BLD and their validity mask_BL (bool).
+
+        Raises:
+            InputError: there are more objects than ranks.
+        """
+        if (objects := local.boxes_BN4.shape[1]) > self.rank.num_embeddings:
+            raise InputError(
+                f"{objects} objects of a picture were given, and MQ-Former has ranks for max_objects = "
+                f"{self.rank.num_embeddings}; keep the first of them, or raise refine.max_objects and train again"
+            )
         about_BND = self._about_objects(local)
         batch = len(about_BND)
         tokens = [self.nothing.expand(batch, 1, -1)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lyrics.errors import InputError
 from lyrics.model.attention import KeyValue, Layer, Memory, Wanted
 from lyrics.model.local_tokens import LocalFeatures, LocalTokens
 
@@ -41,6 +42,18 @@ class MQFormerConfig:
     segmenter_width: int
     max_objects: int
     temperature: float = 0.07
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        if not self.queries:
+            raise InputError(
+                "mq_former.visual_queries and mq_former.grounding_queries are both 0, and a picture is seen through "
+                "queries; set at least one of them above 0"
+            )
+        if self.hidden_size % self.heads:
+            raise InputError(
+                f"mq_former.hidden_size ({self.hidden_size}) must be a multiple of mq_former.heads ({self.heads})"
+            )
 
     @property
     def queries(self) -> int:
@@ -100,10 +113,10 @@ def attention_mask(
 class TextHead(nn.Module):
     """BERT's language-model head; the decoder is tied to the word embeddings."""
 
-    def __init__(self, hidden_size: int, vocabulary_size: int) -> None:
+    def __init__(self, hidden_size: int, vocabulary_size: int, eps: float) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-12)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
 
     def forward(self, text_BTD: Tensor, word_embeddings: nn.Embedding) -> Tensor:
@@ -127,7 +140,7 @@ class MQFormer(nn.Module):
         width = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocabulary_size, width)
         self.position_embeddings = nn.Embedding(config.max_text_tokens, width)
-        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.visual_queries = nn.Parameter(torch.zeros(config.visual_queries, width))
         self.grounding_queries = nn.Parameter(torch.zeros(config.grounding_queries, width))
         self.image_norm = nn.LayerNorm(config.image_width)
@@ -151,12 +164,13 @@ class MQFormer(nn.Module):
                 heads=config.heads,
                 intermediate_size=config.intermediate_size,
                 dropout=config.dropout,
+                eps=config.layer_norm_eps,
                 memory_widths=memory_widths if i % config.cross_attention_every == 0 else {},
             )
             for i in range(config.layers)
         )
         self.activation_checkpointing = False
-        self.text_head = TextHead(width, config.vocabulary_size)
+        self.text_head = TextHead(width, config.vocabulary_size, config.layer_norm_eps)
         self.image_projection = nn.Linear(width, config.projection_size)
         self.text_projection = nn.Linear(width, config.projection_size)
         self.matching_head = nn.Linear(width, 2)

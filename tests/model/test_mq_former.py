@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from lyrics.errors import InputError
 from lyrics.model.local_tokens import LocalFeatures
 from lyrics.model.mq_former import PATTERNS, MQFormer, MQFormerConfig, attention_mask
 from lyrics.model.mq_former_weights import load_bert
@@ -33,11 +34,13 @@ CONFIG = MQFormerConfig(
 )
 
 
-def pictures(batch: int = 2, objects: int = 3) -> tuple[torch.Tensor, LocalFeatures]:
+def pictures(
+    batch: int = 2, objects: int = 3, *, detector_width: int = 6, segmenter_width: int = 5
+) -> tuple[torch.Tensor, LocalFeatures]:
     torch.manual_seed(1)
     return torch.randn(batch, 5, 10), LocalFeatures(
-        detector_BND=torch.randn(batch, objects, 6),
-        segmenter_BND=torch.randn(batch, objects, 5),
+        detector_BND=torch.randn(batch, objects, detector_width),
+        segmenter_BND=torch.randn(batch, objects, segmenter_width),
         tag_ids_BNK=torch.randint(1, 30, (batch, objects, 2)),
         boxes_BN4=torch.rand(batch, objects, 4),
         object_mask_BN=torch.ones(batch, objects, dtype=torch.bool),
@@ -111,15 +114,68 @@ def test_visual_queries_see_the_picture_and_grounding_queries_the_objects() -> N
     assert (on_image is None or on_image.abs().sum() == 0) and on_objects.abs().sum() > 0
 
 
-def test_a_picture_without_objects_is_ordinary() -> None:
+def masked_objects() -> LocalFeatures:
+    local = pictures()[1]
+    return dataclasses.replace(local, object_mask_BN=torch.zeros_like(local.object_mask_BN))
+
+
+@pytest.mark.parametrize("local", [masked_objects(), pictures(objects=0)[1]], ids=["masked", "none in the batch"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_picture_without_objects_is_ordinary(local: LocalFeatures, autocast: bool) -> None:
     mq_former = model().train()
-    image, local = pictures()
-    nothing = dataclasses.replace(local, object_mask_BN=torch.zeros_like(local.object_mask_BN))
-    query, text = mq_former("matching", mq_former.look(image, nothing), torch.tensor([[5, 6], [7, 8]]))
-    (query.pow(2).sum() + text.pow(2).sum()).backward()
-    assert query.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        query, text = mq_former("matching", mq_former.look(pictures()[0], local), torch.tensor([[5, 6], [7, 8]]))
+        loss = query.float().pow(2).sum() + text.float().pow(2).sum()
+    loss.backward()
+    assert query.isfinite().all() and text.isfinite().all()
     assert all(p.grad.isfinite().all() for p in mq_former.parameters() if p.grad is not None)
     assert mq_former.local_tokens.nothing.grad.abs().sum() > 0
+
+
+def test_masked_objects_and_no_objects_are_the_same() -> None:
+    mq_former = model()
+    image, none = pictures(objects=0)
+    without, _ = mq_former("contrastive", mq_former.look(image, none))
+    masked, _ = mq_former("contrastive", mq_former.look(image, masked_objects()))
+    torch.testing.assert_close(masked, without)
+
+
+@pytest.mark.parametrize(("objects", "detector_width", "segmenter_width"), [(1, 2, 9), (7, 12, 3), (300, 5, 24)])
+def test_local_tokens_of_any_width_and_number(objects: int, detector_width: int, segmenter_width: int) -> None:
+    widths = {"detector_width": detector_width, "segmenter_width": segmenter_width}
+    mq_former = model(max_objects=objects, **widths)
+    image, local = pictures(objects=objects, **widths)
+    local.object_mask_BN[1, objects // 2 :] = False
+    other = local.detector_BND.clone()
+    other[1, objects // 2 :] = 9.0
+    query, _ = mq_former("contrastive", mq_former.look(image, local))
+    again, _ = mq_former("contrastive", mq_former.look(image, dataclasses.replace(local, detector_BND=other)))
+    assert torch.equal(query, again)  # masked objects are seen by nobody
+    other[0, 0] = torch.arange(detector_width)
+    changed, _ = mq_former("contrastive", mq_former.look(image, dataclasses.replace(local, detector_BND=other)))
+    assert not torch.equal(query[0], changed[0])
+
+
+def test_more_objects_than_ranks_are_refused() -> None:
+    with pytest.raises(InputError, match=r"300 objects.* max_objects = 4; keep the first of them, or raise"):
+        model().look(*pictures(objects=300))
+
+
+@pytest.mark.parametrize(("visual", "grounding"), [(1, 0), (0, 1), (7, 2), (1, 40)])
+def test_any_number_of_either_kind_of_query(visual: int, grounding: int) -> None:
+    mq_former = model(visual_queries=visual, grounding_queries=grounding).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        query, _ = mq_former("matching", mq_former.look(*pictures()), torch.tensor([[5, 6], [7, 8]]))
+    query.float().pow(2).sum().backward()
+    assert query.shape == (2, visual + grounding, 16) and query.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in mq_former.parameters() if p.grad is not None)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match=r"visual_queries and mq_former.grounding_queries are both 0.*at least one"):
+        model(visual_queries=0, grounding_queries=0)
+    with pytest.raises(InputError, match=r"hidden_size \(16\) must be a multiple of mq_former.heads \(3\)"):
+        model(heads=3)
 
 
 @pytest.mark.parametrize("changes", [{"visual_queries": 0}, {"grounding_queries": 0}, {"segmenter_tokens": False}])
@@ -226,12 +282,8 @@ def test_text_alone_equals_the_bert_it_started_from() -> None:
         )
     ).eval()  # fmt: skip
     mq_former = model()
-    counts = load_bert(mq_former, bert.state_dict())
+    load_bert(mq_former, bert.state_dict())
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[True, True, True], [True, True, False]])
     expected = bert.bert(ids, attention_mask=mask.long()).last_hidden_state
     _, found = mq_former("contrastive", None, ids, mask)
     torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
-    assert torch.equal(
-        mq_former.layers[1].query_feed_forward.inner.weight, bert.bert.encoder.layer[1].intermediate.dense.weight
-    )
-    assert counts.copied == 2 * 6 and counts.new > 0

@@ -50,6 +50,10 @@ def test_composing_twice_gives_the_same_bytes() -> None:
         ({"overrides": {"stage2.steps": "many"}}, r"stage2.steps: .*valid integer.*'many'"),
         ({"overrides": {"stage1.objectives": "some"}}, r"stage1.objectives: .*'all' or 'alternate'"),
         ({"overrides": {"mq_former.heads": 5}}, r"mq_former.hidden_size \(\d+\) must be a multiple of .*heads \(5\)"),
+        (
+            {"overrides": {"mq_former.visual_queries": 0, "mq_former.grounding_queries": 0}},
+            r"visual_queries and mq_former.grounding_queries are both 0; set at least one",
+        ),
         ({"overrides": {"stage2.steps": -5}}, r"stage2.steps: .*greater than or equal to 1 \(found -5\)"),
         ({"overrides": {"stage1.mask_probability": 1.5}}, r"stage1.mask_probability: .*less than or equal to 1"),
         ({"overrides": {"stage1.temperature": float("nan")}}, r"stage1.temperature: .*finite number"),
