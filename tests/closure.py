@@ -25,8 +25,15 @@ ROOTS = {
     "evaluate": ["lyrics/evaluate/evaluate.py"],
 }
 # What runs a stage, describes or reports it has no part in the bytes of its result: the values of the configuration
-# count, as params. The root's __init__ only offers `load`.
-NEUTRAL = ("lyrics/__init__.py", "lyrics/config.py", "lyrics/errors.py", "lyrics/stage.py", "lyrics/track")
+# count, as params. The `__init__` of the root and of the model only offer names for use from outside.
+NEUTRAL = (
+    "lyrics/__init__.py",
+    "lyrics/model/__init__.py",
+    "lyrics/config.py",
+    "lyrics/errors.py",
+    "lyrics/stage.py",
+    "lyrics/track",
+)
 
 
 @functools.cache
@@ -102,7 +109,7 @@ def dependencies(starts: list[str], root: Path = Path()) -> list[str]:
     files = closure(starts, root)
     for package in sorted({Path(name).parent for name in files} - {Path(PACKAGE)}, key=str):
         inside = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py") if p.stat().st_size}
-        if inside <= files:
+        if {name for name in inside if not is_neutral(name)} <= files:
             files = {name for name in files if package not in Path(name).parents} | {package.as_posix()}
     return sorted(files)
 

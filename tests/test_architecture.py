@@ -47,6 +47,13 @@ def test_packages_import_in_one_direction(package: str) -> None:
         assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
+def test_our_own_code_imports_the_model_by_file() -> None:
+    """What the package offers by name is for users: the closure of a stage would not see the file behind it."""
+    for file in (ROOT / "lyrics").rglob("*.py"):
+        names = {name.split(".")[2] for name in imports(file) if name.startswith("lyrics.model.")}
+        assert all((ROOT / "lyrics/model" / f"{name}.py").exists() for name in names), file
+
+
 def test_nobody_imports_the_flows_or_the_command_line() -> None:
     for file in (ROOT / "lyrics").rglob("*.py"):
         names = set(imports(file))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lyrics.errors import InputError
+from lyrics.model import mq_former_weights
 from lyrics.model.attention import KeyValue, Layer, Memory, Wanted
 from lyrics.model.local_tokens import LocalFeatures, LocalTokens
 
@@ -185,6 +186,22 @@ class MQFormer(nn.Module):
             module.apply(_initialise)
         for parameter in (self.visual_queries, self.grounding_queries):
             nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def from_bert(cls, state_dict: dict[str, Tensor], config: MQFormerConfig) -> "MQFormer":
+        """Text side and self-attention from a BERT, the rest new; see `mq_former_weights.load_bert`."""
+        mq_former = cls(config)
+        mq_former_weights.load_bert(mq_former, state_dict)
+        return mq_former
+
+    @classmethod
+    def from_instructblip(
+        cls, state_dict: dict[str, Tensor], config: MQFormerConfig, *, allow_new_text_branch: bool = False
+    ) -> "MQFormer":
+        """All but what serves grounding alone from a Q-Former; see `mq_former_weights.load_qformer`."""
+        mq_former = cls(config)
+        mq_former_weights.load_qformer(mq_former, state_dict, allow_new_text_branch=allow_new_text_branch)
+        return mq_former
 
     def look(self, image_tokens_BLD: Tensor, local: LocalFeatures) -> Memory:
         """Project keys and values of a batch of pictures, once for all objectives."""

@@ -1,7 +1,6 @@
 """Stage 1, representation alignment: MQ-Former learns from frozen encoder and refiner (paper section 3)."""
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from lyrics.errors import InputError
 from lyrics.foundation.tokenizer import bert_state, load_text_tokenizer
 from lyrics.model.inputs import TextTokenizer
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
-from lyrics.model.mq_former_weights import load_bert
 from lyrics.refiner.features import RefinedSplit
 from lyrics.stage import Tracker
 from lyrics.train import devices, loop, losses
@@ -28,7 +26,6 @@ from lyrics.train.stage1_batches import Stage1Batch, Stage1Data
 
 FOUNDATION, REFINED, STAGE1 = Path("models/foundation"), Path("data/refined"), Path("models/stage1")
 TRAIN_SPLITS = ("web", "instruct")
-log = logging.getLogger(__name__)
 
 
 def mq_former_config(config: Config, tokenizer: TextTokenizer, widths: dict[str, int]) -> MQFormerConfig:
@@ -48,11 +45,9 @@ def mq_former_config(config: Config, tokenizer: TextTokenizer, widths: dict[str,
 def new_mq_former(config: Config, tokenizer: TextTokenizer) -> MQFormer:
     """Fresh weights, text side from the foundation's BERT where it has one."""
     torch.manual_seed(config.seed)
-    mq_former = MQFormer(mq_former_config(config, tokenizer, io.read_json(REFINED / "summary.json")))
+    sizes = mq_former_config(config, tokenizer, io.read_json(REFINED / "summary.json"))
     state = bert_state(FOUNDATION / "tokenizer")
-    if state is not None:
-        log.info("MQ-Former from BERT: %s", load_bert(mq_former, state))
-    return mq_former
+    return MQFormer(sizes) if state is None else MQFormer.from_bert(state, sizes)
 
 
 def save_mq_former(folder: Path, mq_former: MQFormer) -> None:

@@ -9,7 +9,6 @@ from transformers import BertConfig, BertForMaskedLM
 from lyrics.errors import InputError
 from lyrics.model.local_tokens import LocalFeatures
 from lyrics.model.mq_former import PATTERNS, MQFormer, MQFormerConfig, attention_mask
-from lyrics.model.mq_former_weights import load_bert
 
 V, G, T = 2, 3, 4
 CONFIG = MQFormerConfig(
@@ -281,8 +280,7 @@ def test_text_alone_equals_the_bert_it_started_from() -> None:
             max_position_embeddings=20,
         )
     ).eval()  # fmt: skip
-    mq_former = model()
-    load_bert(mq_former, bert.state_dict())
+    mq_former = MQFormer.from_bert(bert.state_dict(), CONFIG).eval()
     ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[True, True, True], [True, True, False]])
     expected = bert.bert(ids, attention_mask=mask.long()).last_hidden_state
     _, found = mq_former("contrastive", None, ids, mask)
