@@ -1,6 +1,6 @@
 """The frozen language model with its LoRA adapter, and how a prompt is put together.
 
-Shapes: B batch, Q query tokens, S sequence, E language width.
+Shapes: R rows, S positions of a row.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,14 +23,62 @@ from lyrics.errors import InputError
 
 IMAGE = "<image>"  # where a template puts the query tokens
 IGNORED = -100
+NOBODY = -1  # padding belongs to no sample
+
+
+Layout = Literal["left", "right", "packed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are chosen. As it stands: greedily.
+
+    Attributes:
+        num_beams: beams of beam search, scored by mean log-probability; 1 for none.
+        temperature: 0 takes the most likely token; above, tokens are drawn, the less likely ones oftener as it rises.
+        top_p: draws from the likeliest tokens that together have this probability.
+        seed: of the draws; the same seed on the same batch gives the same answers.
+
+    Raises:
+        InputError: a value is out of its range, or one would have no effect.
+    """
+
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"num_beams is {self.num_beams}, temperature {self.temperature}, top_p {self.top_p}; expected "
+                "num_beams >= 1, temperature >= 0 and 0 < top_p <= 1"
+            )
+        if self.temperature and self.num_beams > 1:
+            raise InputError(
+                f"temperature {self.temperature} draws tokens and num_beams {self.num_beams} searches for the "
+                "likeliest answer; choose one: temperature 0, or num_beams 1"
+            )
+        if self.top_p < 1 and not self.temperature:
+            raise InputError(f"top_p {self.top_p} has no effect at temperature 0; raise the temperature")
+
+    def settings(self) -> dict[str, Any]:
+        """The same in the words of transformers' `generate`."""
+        if self.temperature:
+            return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"do_sample": False, "num_beams": self.num_beams}
+
+
+GREEDY = Decoding()
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Token ids before and after the query tokens."""
+class Conversation:
+    """Token ids before and after the query tokens; `answers` are the spans of `after` that carry the loss."""
 
     before: list[int]
     after: list[int]
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 class PromptTemplate:
@@ -44,70 +93,160 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
-        self._before: dict[str, list[int]] = {}
 
-    def prompt(self, instruction: str, spatial_text: str) -> Prompt:
-        """Everything up to where the answer starts."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": instruction}],
-            spatial_text=spatial_text,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        before, after = str(text).split(IMAGE, 1)
-        if before not in self._before:
-            self._before[before] = self._ids(before)
-        return Prompt(self._before[before], self._ids(after))
+    def conversation(self, questions: Sequence[str], answers: Sequence[str], spatial_text: str) -> Conversation:
+        """Questions and answers in turn. With one question more than answers it ends where the next answer starts.
+
+        Each answer, with its end token, is a span of its own: text and span grow together, turn by turn.
+        """
+        assert len(questions) - len(answers) in (0, 1)
+        messages: list[dict[str, str]] = []
+        ids: list[int] = []
+        before: list[int] = []
+        spans = []
+        told = ""
+        for turn, question in enumerate(questions):
+            messages.append({"role": "user", "content": question})
+            asked = self._render(messages, spatial_text, add_generation_prompt=True)
+            text = self._continued(told, asked)
+            if turn == 0:
+                first, text = text.split(IMAGE, 1)
+                before = self._ids(first)
+            ids += self._ids(text)
+            if turn == len(answers):
+                break
+            answer = self.answer(answers[turn])
+            spans.append((len(ids), len(ids) + len(answer)))
+            ids += answer
+            messages.append({"role": "assistant", "content": answers[turn]})
+            if turn + 1 < len(questions):
+                told = self._up_to_end(asked, messages, spatial_text)
+        return Conversation(before, ids, tuple(spans))
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token: the span that carries the loss."""
         return [*self._ids(text), self.end]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _render(self, messages: list[dict[str, str]], spatial_text: str, *, add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, spatial_text=spatial_text, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def _up_to_end(self, asked: str, messages: list[dict[str, str]], spatial_text: str) -> str:
+        """The conversation up to the last answer's end token; what may follow it belongs to the next question."""
+        answered = self._render(messages, spatial_text, add_generation_prompt=False)
+        said = f"{messages[-1]['content']}{self.tokenizer.eos_token}"
+        added = self._continued(asked, answered)
+        if not added.lstrip().startswith(said):
+            raise InputError(
+                f"The chat template of {self.tokenizer.name_or_path} writes {added!r:.80} for an answer; expected the "
+                f"answer and then the end token {self.tokenizer.eos_token}. Correct the template in params/templates"
+            )
+        return asked + added[: added.index(said) + len(said)]
+
+    def _continued(self, told: str, text: str) -> str:
+        if not text.startswith(told):
+            raise InputError(
+                f"The chat template of {self.tokenizer.name_or_path} changes what came before when a message is added; "
+                "dialogues need one that only appends. Correct the template in params/templates"
+            )
+        return text[len(told) :]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Padded prompts: `image_mask_BS` marks where query tokens go, `labels_BS` is IGNORED outside of answers."""
+    """Conversations laid out in rows: one a row, padded left or right, or packed, several in a row.
 
-    ids_BS: Tensor
-    mask_BS: Tensor
-    image_mask_BS: Tensor
-    labels_BS: Tensor
+    Attributes:
+        sample_RS: which conversation a position belongs to, NOBODY for padding.
+        position_RS: from 0 in each conversation.
+        image_mask_RS: where query tokens go.
+        labels_RS: IGNORED outside of answers.
+        order: the conversations as they come row by row, which is the order query tokens are put in.
+    """
+
+    ids_RS: Tensor
+    sample_RS: Tensor
+    position_RS: Tensor
+    image_mask_RS: Tensor
+    labels_RS: Tensor
+    order: list[int]
+    layout: Layout
+
+    def mask(self) -> Tensor:
+        """mask_RS: where there is no padding."""
+        return self.sample_RS != NOBODY
+
+    def attention(self) -> dict[str, Tensor]:
+        """Masks and positions for the language model.
+
+        Padding on the right comes after all that is read: causality alone hides it, and leaves the fused kernel its
+        plain mask. In packed rows each conversation sees itself alone.
+        """
+        if self.layout == "right":
+            return {}
+        if self.layout == "left":
+            return {"attention_mask": self.mask().long(), "position_ids": self.position_RS}
+        same_RSS = self.sample_RS[:, :, None] == self.sample_RS[:, None, :]
+        return {"attention_mask": same_RSS.tril()[:, None], "position_ids": self.position_RS}
 
 
-def assemble(
-    prompts: Sequence[Prompt], queries: int, *, pad: int, answers: Sequence[Sequence[int]] | None = None
-) -> Sequences:
-    """Lay out `before, queries, after, answer` per row; padded left for generation, right with answers.
+def assemble(conversations: Sequence[Conversation], queries: int, *, pad: int, layout: Layout) -> Sequences:
+    """Lay out `before, queries, after` of each conversation. Generation reads rows padded on the left.
 
     The label mask follows from the spans, so no token id can be mistaken for another's place.
     """
-    targets = answers or [[] for _ in prompts]
-    lengths = [len(p.before) + queries + len(p.after) + len(a) for p, a in zip(prompts, targets, strict=True)]
-    shape = (len(prompts), max(lengths))
+    lengths = [len(c.before) + queries + len(c.after) for c in conversations]
+    rows = pack(lengths) if layout == "packed" else [[index] for index in range(len(lengths))]
+    shape = (len(rows), max(lengths))
     ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
-    mask, image = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (prompt, answer, length) in enumerate(zip(prompts, targets, lengths, strict=True)):
-        start = 0 if answers is not None else shape[1] - length
-        mask[row, start : start + length] = True
-        first_query = start + len(prompt.before)
-        ids[row, start:first_query] = prompt.before
-        image[row, first_query : first_query + queries] = True
-        after = first_query + queries
-        ids[row, after : start + length] = [*prompt.after, *answer]
-        if answer:
-            labels[row, start + length - len(answer) : start + length] = answer
+    sample, position = np.full(shape, NOBODY, np.int64), np.zeros(shape, np.int64)
+    image = np.zeros(shape, bool)
+    for row, members in enumerate(rows):
+        start = shape[1] - lengths[members[0]] if layout == "left" else 0
+        for index in members:
+            conversation, stop = conversations[index], start + lengths[index]
+            sample[row, start:stop] = index
+            position[row, start:stop] = np.arange(stop - start)
+            query = start + len(conversation.before)
+            after = query + queries
+            ids[row, start:query] = conversation.before
+            ids[row, after:stop] = conversation.after
+            image[row, query:after] = True
+            for first, last in conversation.answers:
+                labels[row, after + first : after + last] = conversation.after[first:last]
+            start = stop
     return Sequences(
-        ids_BS=torch.from_numpy(ids),
-        mask_BS=torch.from_numpy(mask),
-        image_mask_BS=torch.from_numpy(image),
-        labels_BS=torch.from_numpy(labels),
+        ids_RS=torch.from_numpy(ids),
+        sample_RS=torch.from_numpy(sample),
+        position_RS=torch.from_numpy(position),
+        image_mask_RS=torch.from_numpy(image),
+        labels_RS=torch.from_numpy(labels),
+        order=[index for members in rows for index in members],
+        layout=layout,
     )
+
+
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Which samples share a row as long as the longest of them: each, by falling length, in the first row with room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
 
 
 def add_lora(

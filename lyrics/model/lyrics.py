@@ -1,6 +1,6 @@
 """Lyrics: what the queries saw, projected into a frozen language model (paper section 4).
 
-Shapes: B batch, Q queries, T text tokens, S sequence, D MQ-Former width, E language width.
+Shapes: B batch, Q queries, T text tokens, R rows of S positions, M answer tokens, D MQ-Former width, E language width.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lyrics.model.inputs import SeenImage, TextTokenizer
-from lyrics.model.language import IGNORED, PromptTemplate, Sequences, assemble
-from lyrics.model.mq_former import MQFormer
+from lyrics.model.language import GREEDY, IGNORED, Conversation, Decoding, PromptTemplate, Sequences, assemble
+from lyrics.model.mq_former import Memory, MQFormer
 from lyrics.model.projection import Projection
 
-STAGE1_HEADS = ("text_head", "image_projection", "text_projection", "matching_head", "temperature")
+Texts = str | tuple[str, ...]  # of one sample: a text, or one for each turn of a dialogue
+Average = Literal["tokens", "samples"]
 
 
 class LyricsModel(nn.Module):
-    """MQ-Former, projection and language model, on features of the frozen parts."""
+    """MQ-Former, projection and language model, on features of the frozen parts.
+
+    Args:
+        packing: whether training puts several samples into a row, instead of padding each to the longest.
+    """
 
     def __init__(
         self,
@@ -31,11 +36,12 @@ class LyricsModel(nn.Module):
         text_tokenizer: TextTokenizer,
         template: PromptTemplate,
         spatial_text_in_llm: bool,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.mq_former, self.projection, self.llm = mq_former, projection, llm
         self.text_tokenizer, self.template = text_tokenizer, template
-        self.spatial_text_in_llm = spatial_text_in_llm
+        self.spatial_text_in_llm, self.packing = spatial_text_in_llm, packing
 
     @property
     def _base(self) -> Any:
@@ -46,82 +52,138 @@ class LyricsModel(nn.Module):
     def device(self) -> torch.device:
         return self.projection.linear.weight.device
 
-    def query_tokens(self, instructions: Sequence[str], seen: Sequence[SeenImage]) -> Tensor:
-        """tokens_BQE: what the queries saw, as the language model reads it."""
-        return self.projection(self.query_outputs(instructions, seen))
+    def look(self, seen: Sequence[SeenImage]) -> Memory:
+        """Keys and values of pictures, which no question changes: one picture's serve all questions about it."""
+        visual = self.text_tokenizer.visual_batch(seen).to(self.device)
+        return self.mq_former.look(visual.image_tokens_BPD, visual.local)
 
-    def query_outputs(self, instructions: Sequence[str], seen: Sequence[SeenImage]) -> Tensor:
-        """query_BQD: the queries read instruction and spatial representation while they look at the picture."""
+    def query_tokens(
+        self, instructions: Sequence[Texts], seen: Sequence[SeenImage], memory: Memory | None = None
+    ) -> Tensor:
+        """tokens_BQE: what the queries saw, as the language model reads it."""
+        return self.projection(self.query_outputs(instructions, seen, memory))
+
+    def query_outputs(
+        self, instructions: Sequence[Texts], seen: Sequence[SeenImage], memory: Memory | None = None
+    ) -> Tensor:
+        """query_BQD: the queries read instruction and spatial representation while they look at the picture.
+
+        Of a dialogue they read the first question: a later one could give away an answer before it.
+
+        Args:
+            memory: what `look` gave for `seen`; None looks now.
+        """
         t, limit = self.text_tokenizer, self.mq_former.config.max_text_tokens
         rows = [
-            [t.cls, *t.ids(i), t.sep, *t.ids(s.spatial_text)][: limit - 1] + [t.sep]
+            [t.cls, *t.ids(_turns(i)[0]), t.sep, *t.ids(s.spatial_text)][: limit - 1] + [t.sep]
             for i, s in zip(instructions, seen, strict=True)
         ]
         ids_BT, mask_BT = (x.to(self.device) for x in t.pad_rows(rows))
-        visual = t.visual_batch(seen).to(self.device)
-        memory = self.mq_former.look(visual.image_tokens_BPD, visual.local)
-        return self.mq_former("instruction", memory, ids_BT, mask_BT)[0]
+        return self.mq_former("instruction", self.look(seen) if memory is None else memory, ids_BT, mask_BT)[0]
 
     def embed(self, sequences: Sequences, tokens_BQE: Tensor) -> Tensor:
-        """inputs_BSE with the query tokens in their places."""
-        embedded_BSE = self._base.get_input_embeddings()(sequences.ids_BS.to(self.device))
-        where_BS1 = sequences.image_mask_BS.to(self.device).unsqueeze(-1)
-        return embedded_BSE.masked_scatter(where_BS1, tokens_BQE.to(embedded_BSE.dtype))
+        """inputs_RSE with the query tokens in their places."""
+        embedded_RSE = self._base.get_input_embeddings()(sequences.ids_RS.to(self.device))
+        where_RS1 = sequences.image_mask_RS.to(self.device).unsqueeze(-1)
+        return embedded_RSE.masked_scatter(where_RS1, tokens_BQE[sequences.order].to(embedded_RSE.dtype))
 
     def forward(
         self,
-        instructions: Sequence[str],
+        instructions: Sequence[Texts],
         seen: Sequence[SeenImage],
-        answers: Sequence[str],
+        answers: Sequence[Texts],
         spatial_texts: Sequence[str],
-        average: Literal["tokens", "samples"] = "tokens",
+        average: Average = "tokens",
+        *,
+        total: float | None = None,
     ) -> Tensor:
         """Mean cross-entropy of the answers' tokens, over all tokens or over samples (`average`).
 
-        Over tokens a caption outweighs a one-word answer tenfold; over samples they count alike.
+        Over tokens a caption outweighs a one-word answer tenfold; over samples they count alike. Every turn of a
+        dialogue carries loss.
 
         Args:
             spatial_texts: what the language model reads of the picture's objects ("" for nothing).
+            total: what the sum is divided by: `normaliser` of the batch that this one is a part of, where a step
+                spreads over several; None for that of this batch.
         """
         tokens_BQE = self.query_tokens(instructions, seen)
-        prompts = [self.template.prompt(i, s) for i, s in zip(instructions, spatial_texts, strict=True)]
-        sequences = assemble(
-            prompts, tokens_BQE.shape[1], pad=self.template.pad, answers=[self.template.answer(a) for a in answers]
-        )
-        labels_BS = sequences.labels_BS.to(self.device)
-        hidden_BSE = self._base.model(
-            inputs_embeds=self.embed(sequences, tokens_BQE), attention_mask=sequences.mask_BS.to(self.device)
+        conversations = [
+            self.template.conversation(_turns(i), _turns(a), s)
+            for i, a, s in zip(instructions, answers, spatial_texts, strict=True)
+        ]
+        layout: Literal["packed", "right"] = "packed" if self.packing else "right"
+        sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout=layout)
+        loss_M, sample_M = self.token_losses(sequences, tokens_BQE)
+        if average == "samples":
+            loss_M = loss_M / torch.bincount(sample_M, minlength=len(conversations))[sample_M]
+        return loss_M.sum() / (self.normaliser(answers, average) if total is None else total)
+
+    def normaliser(self, answers: Sequence[Texts], average: Average = "tokens") -> float:
+        """What the loss of a batch is divided by: its answers' tokens, or its samples. Needs no forward pass."""
+        if average == "samples":
+            return float(len(answers))
+        return float(sum(len(self.template.answer(text)) for texts in answers for text in _turns(texts)))
+
+    def token_losses(self, sequences: Sequences, tokens_BQE: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each answer token, loss_M, and the sample it belongs to, sample_M."""
+        labels_RS, sample_RS = sequences.labels_RS.to(self.device), sequences.sample_RS.to(self.device)
+        hidden_RSE = self._base.model(
+            inputs_embeds=self.embed(sequences, tokens_BQE),
+            use_cache=False,
+            **{name: x.to(self.device) for name, x in sequences.attention().items()},
         )[0]
-        asked_BS = labels_BS[:, 1:] != IGNORED  # position s predicts the label at s + 1
-        logits_MV = self._base.lm_head(hidden_BSE[:, :-1][asked_BS])
-        loss_M = F.cross_entropy(logits_MV.float(), labels_BS[:, 1:][asked_BS], reduction="none")
-        if average == "tokens":
-            return loss_M.mean()
-        tokens_B1 = asked_BS.sum(1, keepdim=True)
-        return (loss_M / tokens_B1.expand_as(asked_BS)[asked_BS]).sum() / len(labels_BS)
+        asked_RS = labels_RS[:, 1:] != IGNORED  # position s predicts the label at s + 1
+        logits_MV = self._base.lm_head(hidden_RSE[:, :-1][asked_RS])
+        loss_M = F.cross_entropy(logits_MV.float(), labels_RS[:, 1:][asked_RS], reduction="none")
+        return loss_M, sample_RS[:, 1:][asked_RS]
 
     @torch.inference_mode()
     def generate(
         self,
-        instructions: Sequence[str],
+        instructions: Sequence[Texts],
         seen: Sequence[SeenImage],
         spatial_texts: Sequence[str] | None = None,
         max_new_tokens: int = 32,
+        decoding: Decoding = GREEDY,
+        *,
+        said: Sequence[Texts] | None = None,
+        memory: Memory | None = None,
     ) -> list[str]:
-        """Greedy answers. `spatial_texts` replaces what the language model reads of the objects."""
+        """Answers to the last question of each sample.
+
+        Args:
+            spatial_texts: replaces what the language model reads of the objects.
+            said: the answers to the questions before the last, where `instructions` are dialogues.
+            memory: what `look` gave for `seen`; None looks now.
+        """
         if spatial_texts is None:
             spatial_texts = [s.spatial_text for s in seen]
-        if not self.spatial_text_in_llm:
-            spatial_texts = [""] * len(seen)
-        tokens_BQE = self.query_tokens(instructions, seen)
-        prompts = [self.template.prompt(i, s) for i, s in zip(instructions, spatial_texts, strict=True)]
-        sequences = assemble(prompts, tokens_BQE.shape[1], pad=self.template.pad)
-        ids_BS = self.llm.generate(
-            inputs_embeds=self.embed(sequences, tokens_BQE),
-            attention_mask=sequences.mask_BS.long().to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.template.pad,
-            eos_token_id=self.template.end,
-        )
+        tokens_BQE = self.query_tokens(instructions, seen, memory)
+        conversations = self._prompts(instructions, spatial_texts, [()] * len(seen) if said is None else said)
+        sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout="left")
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(decoding.seed)
+            ids_BS = self.llm.generate(
+                inputs_embeds=self.embed(sequences, tokens_BQE),
+                attention_mask=sequences.mask().long().to(self.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.template.pad,
+                eos_token_id=self.template.end,
+                **decoding.settings(),
+            )
         return [self.template.decode(row) for row in ids_BS.tolist()]
+
+    def _prompts(
+        self, instructions: Sequence[Texts], spatial_texts: Sequence[str], said: Sequence[Texts]
+    ) -> list[Conversation]:
+        if not self.spatial_text_in_llm:
+            spatial_texts = [""] * len(spatial_texts)
+        return [
+            self.template.conversation(_turns(i), _turns(a), s)
+            for i, a, s in zip(instructions, said, spatial_texts, strict=True)
+        ]
+
+
+def _turns(texts: Texts) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else texts

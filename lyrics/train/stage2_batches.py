@@ -9,6 +9,7 @@ from lyrics.data.prompts import instruction, target
 from lyrics.data.records import Sample
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
+from lyrics.model.lyrics import Texts
 from lyrics.refiner.features import RefinedSplit
 from lyrics.refiner.spatial_text import CoordinateFormat
 from lyrics.seeding import rng
@@ -32,10 +33,12 @@ def mixing_weights(sizes: dict[str, int], shares: dict[str, float] | None) -> di
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage2Batch:
+    """Samples, each with its id; instruction and answer of a dialogue are tuples, one text for each turn."""
+
     ids: tuple[str, ...]
-    instructions: list[str]
+    instructions: list[Texts]
     seen: list[SeenImage]
-    answers: list[str]
+    answers: list[Texts]
     spatial_texts: list[str]
 
     def not_finite(self) -> list[str]:
@@ -81,7 +84,7 @@ class Stage2Data:
             ],
         )
 
-    def _draw(self, step: int, slot: int) -> tuple[Sample, str, str, bool]:
+    def _draw(self, step: int, slot: int) -> tuple[Sample, Texts, Texts, bool]:
         draw = rng(self.seed, "stage2", step, slot)
         only_captions = step < self.caption_steps and "caption" in self.by_task
         task = list(self.weights)[draw.choice(len(self.weights), p=list(self.weights.values()))]
@@ -92,8 +95,11 @@ class Stage2Data:
         choice = int(draw.integers(1 << 30))
         with_spatial = self.spatial_text_in_llm and (task == "refer" or draw.random() >= self.without_spatial)
         with_spatial = with_spatial and not only_captions
+        if sample.task == "chat":
+            questions, answers = zip(*sample.turns, strict=True)
+            return sample, questions, answers, with_spatial
         answer = target(sample, image.width, image.height, self.coordinate_format, choice)
-        return sample, instruction(sample, choice), answer, with_spatial
+        return sample, instruction(sample), answer, with_spatial
 
 
 def without_target(samples: Sequence[Sample]) -> list[str]:

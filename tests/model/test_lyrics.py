@@ -1,99 +1,225 @@
-"""The whole model on tiny random parts: losses, adapters, generation."""
+"""The whole model on tiny random parts: losses of dialogues, padded and packed; generation against slow references."""
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_model import ANSWERS, PICTURES, QUESTIONS, llama, seen, small_model, with_adapter
+from torch import Tensor
 
-from lyrics.model.inputs import SeenImage, TextTokenizer
-from lyrics.model.language import PromptTemplate, add_lora, load_adapter, save_adapter
-from lyrics.model.lyrics import LyricsModel
-from lyrics.model.mq_former import MQFormer, MQFormerConfig
-from lyrics.model.projection import Projection
+from lyrics.model.inputs import SeenImage
+from lyrics.model.language import Conversation, Decoding, Layout, assemble
+from lyrics.model.lyrics import LyricsModel, Texts
 
-SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] <s> </s> <image>"
-WORDS = f"{SPECIAL} what color is the star cup red blue question answer : ? ; 1 2 3"
-TEMPLATE = "{{ bos_token }}<image>{{ spatial_text }} question : {{ messages[0].content }} answer :"
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS.split())}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
-    )
-    made.chat_template = TEMPLATE
-    return made
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS.split()), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-        )
-    )  # fmt: skip
+TEXTS = [p.spatial_text for p in PICTURES]
+# A dialogue, a question and a dialogue.
+ASKED: list[Texts] = [(QUESTIONS[0], "is the cup red ?", "what is it ?"), QUESTIONS[1], (QUESTIONS[2], "what color ?")]
+SAID: list[Texts] = [("red", "the cup is blue", "star"), ANSWERS[1], ("blue", "red")]
 
 
 @pytest.fixture
 def model() -> LyricsModel:
-    words = tokenizer()
-    torch.manual_seed(0)
-    mq_former = MQFormer(
-        MQFormerConfig(
-            visual_queries=2, grounding_queries=2, hidden_size=16, layers=2, heads=2, intermediate_size=32,
-            cross_attention_every=2, max_text_tokens=24, dropout=0.0, projection_size=8, detector_tokens=True,
-            segmenter_tokens=True, vocabulary_size=len(words), pad_token_id=0, image_width=10, detector_width=6,
-            segmenter_width=5, max_objects=4,
-        )
-    )  # fmt: skip
-    return LyricsModel(
-        mq_former,
-        Projection(16, 16),
-        add_lora(llama(), rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"]),
-        text_tokenizer=TextTokenizer(words),
-        template=PromptTemplate(words),
-        spatial_text_in_llm=True,
-    ).eval()
+    return with_adapter(small_model())
 
 
-def seen(count: int, number: int) -> SeenImage:
-    draw = np.random.default_rng(number)
-    return SeenImage(
-        image_tokens_PD=draw.normal(size=(5, 10)).astype(np.float16),
-        detector_tokens_ND=draw.normal(size=(count, 6)).astype(np.float16),
-        segmenter_tokens_ND=draw.normal(size=(count, 5)).astype(np.float16),
-        tags=("star", "cup", "star")[:count],
-        boxes_xyxy_N4=draw.random((count, 4)).astype(np.float32),
-        spatial_text=" ".join(["star 1 2 3 1 ;", "cup 2 2 3 3 ;", "star 1 1 1 2 ;"][:count]),
-    )
+def conversations(model: LyricsModel) -> list[Conversation]:
+    def turns(texts: Texts) -> tuple[str, ...]:
+        return texts if isinstance(texts, tuple) else (texts,)
+
+    return [
+        model.template.conversation(turns(q), turns(a), text) for q, a, text in zip(ASKED, SAID, TEXTS, strict=True)
+    ]
 
 
-QUESTIONS = ["what color is the star ?", "what is the cup ?", "is the cup red ?"]
-PICTURES = [seen(2, 0), seen(0, 1), seen(3, 2)]
-ANSWERS = ["red", "the blue cup is the star", "blue"]
+def gradients(model: LyricsModel, *losses: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_a_batch_loses_what_its_samples_lose(model: LyricsModel) -> None:
-    texts = [p.spatial_text for p in PICTURES]
-    alone = [float(model([q], [p], [a], [t])) for q, p, a, t in zip(QUESTIONS, PICTURES, ANSWERS, texts, strict=True)]
-    lengths = [len(model.template.answer(a)) for a in ANSWERS]
-    by_samples = float(model(QUESTIONS, PICTURES, ANSWERS, texts, "samples"))
-    by_tokens = float(model(QUESTIONS, PICTURES, ANSWERS, texts, "tokens"))
+    with torch.no_grad():
+        alone = [
+            float(model([q], [p], [a], [t])) for q, p, a, t in zip(QUESTIONS, PICTURES, ANSWERS, TEXTS, strict=True)
+        ]
+        lengths = [len(model.template.answer(a)) for a in ANSWERS]
+        by_samples = float(model(QUESTIONS, PICTURES, ANSWERS, TEXTS, "samples"))
+        by_tokens = float(model(QUESTIONS, PICTURES, ANSWERS, TEXTS, "tokens"))
     assert by_samples == pytest.approx(sum(alone) / 3, abs=1e-5)
     assert by_tokens == pytest.approx(np.average(alone, weights=lengths), abs=1e-5)
     assert abs(by_samples - by_tokens) > 1e-3
 
 
-def test_answers_in_a_batch_equal_answers_one_by_one(model: LyricsModel) -> None:
-    together = model.generate(QUESTIONS, PICTURES, max_new_tokens=6)
-    alone = [model.generate([q], [p], max_new_tokens=6)[0] for q, p in zip(QUESTIONS, PICTURES, strict=True)]
-    assert together == alone and any(together)
+@torch.no_grad()
+def test_every_answer_of_a_dialogue_is_predicted_from_what_came_before_it(model: LyricsModel) -> None:
+    """Token by token, each from its own prefix, with no mask, no labels and no padding."""
+    expected, count = 0.0, 0
+    for asked, picture, conversation in zip(ASKED, PICTURES, conversations(model), strict=True):
+        before, query, after = rows_of(model, [asked], [picture], conversation)
+        for start, stop in conversation.answers:
+            for position in range(start, stop):
+                prefix = torch.cat([before, query, after[:, :position]], dim=1)
+                log_p_V = model.llm(inputs_embeds=prefix).logits[0, -1].log_softmax(-1)
+                expected, count = expected - float(log_p_V[conversation.after[position]]), count + 1
+    assert count == model.normaliser(SAID, "tokens") == sum(b - a for c in conversations(model) for a, b in c.answers)
+    assert float(model(ASKED, PICTURES, SAID, TEXTS)) == pytest.approx(expected / count, abs=1e-5)
+
+
+def rows_of(model: LyricsModel, asked: list[Texts], seen: list[SeenImage], c: Conversation) -> tuple[Tensor, ...]:
+    embed = model.llm.get_input_embeddings()
+    before, after = (embed(torch.tensor([ids], dtype=torch.long)) for ids in (c.before, c.after))
+    return before, model.query_tokens(asked, seen), after
+
+
+def test_the_queries_read_the_first_question_alone(model: LyricsModel) -> None:
+    """A later one could give an earlier answer away: `what color is the red star ?`."""
+    first = model.query_tokens([ASKED[0]], PICTURES[:1])
+    assert torch.equal(first, model.query_tokens([ASKED[0][0]], PICTURES[:1]))
+    assert not torch.equal(first, model.query_tokens([ASKED[0][1]], PICTURES[:1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["left", "packed"])
+def test_padding_side_and_packing_change_no_token_of_any_sample(model: LyricsModel, layout: Layout) -> None:
+    tokens_BQE = model.query_tokens(ASKED, PICTURES)
+
+    def losses(layout: Layout) -> list[list[float]]:
+        laid = assemble(conversations(model), tokens_BQE.shape[1], pad=model.template.pad, layout=layout)
+        loss_M, sample_M = model.token_losses(laid, tokens_BQE)
+        return [loss_M[sample_M == sample].tolist() for sample in range(3)]
+
+    for found, expected in zip(losses(layout), losses("right"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("average", ["tokens", "samples"])
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(model: LyricsModel, average: str) -> None:
+    asked, pictures, said, texts = ASKED * 2, PICTURES * 2, SAID * 2, TEXTS * 2
+    rows: list[int] = []
+    model._base.model.register_forward_hook(lambda _m, _a, output: rows.append(len(output[0])))
+    padded = model(asked, pictures, said, texts, average)
+    expected = gradients(model, padded)
+    model.packing = True
+    packed = model(asked, pictures, said, texts, average)
+    found = gradients(model, packed)
+    assert rows == [6, 5]
+    assert float(packed.detach()) == pytest.approx(float(padded.detach()), abs=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("average", ["tokens", "samples"])
+def test_parts_of_a_batch_with_the_joint_total_sum_to_it(model: LyricsModel, average: str) -> None:
+    whole = model(ASKED, PICTURES, SAID, TEXTS, average)
+    expected = gradients(model, whole)
+    total = model.normaliser(SAID, average)
+    parts = [
+        model(ASKED[p], PICTURES[p], SAID[p], TEXTS[p], average, total=total) for p in (slice(0, 1), slice(1, None))
+    ]
+    assert float(sum(p.detach() for p in parts)) == pytest.approx(float(whole.detach()), abs=1e-6)
+    found = gradients(model, *parts)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_activation_checkpointing_of_the_language_model_changes_no_gradient(model: LyricsModel) -> None:
+    model.train()
+    expected = gradients(model, model(ASKED, PICTURES, SAID, TEXTS))
+    calls: list[int] = []
+    model._base.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    model._base.activation_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, model(ASKED, PICTURES, SAID, TEXTS))
+    assert len(calls) == 2  # forward, and again in the backward pass
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@torch.no_grad()
+def uncached(model: LyricsModel, question: str, picture: SeenImage, limit: int) -> str:
+    """Greedy, with the whole sequence through the model for every token."""
+    conversation = model.template.conversation([question], [], picture.spatial_text)
+    inputs = torch.cat(rows_of(model, [question], [picture], conversation), dim=1)
+    ids: list[int] = []
+    while len(ids) < limit and ids[-1:] != [model.template.end]:
+        ids.append(int(model.llm(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax()))
+        inputs = torch.cat([inputs, model.llm.get_input_embeddings()(torch.tensor([ids[-1:]]))], dim=1)
+    return model.template.decode(ids)
+
+
+def test_cached_generation_equals_uncached_token_by_token(model: LyricsModel) -> None:
+    for limit in range(1, 13):
+        for question, picture in zip(QUESTIONS, PICTURES, strict=True):
+            assert model.generate([question], [picture], max_new_tokens=limit) == [
+                uncached(model, question, picture, limit)
+            ]
+
+
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(num_beams=3)])
+def test_answers_in_a_batch_equal_answers_one_by_one(model: LyricsModel, decoding: Decoding) -> None:
+    together = model.generate(QUESTIONS, PICTURES, max_new_tokens=8, decoding=decoding)
+    alone = [
+        model.generate([q], [p], max_new_tokens=8, decoding=decoding)[0]
+        for q, p in zip(QUESTIONS, PICTURES, strict=True)
+    ]
+    assert together == alone and len(set(together)) == 3
+
+
+def test_beams_as_many_as_words_find_the_likeliest_pair_of_tokens(model: LyricsModel) -> None:
+    """With two tokens to go and a beam for every word the search is exhaustive."""
+    size = model.llm.get_input_embeddings().weight.shape[0]
+    found = model.generate(QUESTIONS[:1], PICTURES[:1], max_new_tokens=2, decoding=Decoding(num_beams=size))
+    conversation = model.template.conversation(QUESTIONS[:1], [], TEXTS[0])
+    with torch.no_grad():
+        inputs_1SE = torch.cat(rows_of(model, QUESTIONS[:1], PICTURES[:1], conversation), dim=1)
+        words_V1E = model.llm.get_input_embeddings()(torch.arange(size))[:, None]
+        first_V = model.llm(inputs_embeds=inputs_1SE).logits[0, -1].log_softmax(-1)
+        both = model.llm(inputs_embeds=torch.cat([inputs_1SE.expand(size, -1, -1), words_V1E], dim=1)).logits[:, -1]
+        joint_VV = first_V[:, None] + both.log_softmax(-1)
+    joint_VV[model.template.end] = -torch.inf  # that answer is one token long
+    best = divmod(int(joint_VV.argmax()), size)
+    assert float(first_V[model.template.end]) < float(joint_VV.max()) / 2  # scores are means over tokens
+    assert found == [model.template.decode(best)]
+
+
+def test_draws_follow_their_seed_and_leave_the_global_state_alone(model: LyricsModel) -> None:
+    def drawn(**values: float | int) -> list[str]:
+        return model.generate(QUESTIONS, PICTURES, max_new_tokens=8, decoding=Decoding(temperature=1.5, **values))
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = drawn(seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert first == drawn(seed=1) != drawn(seed=2)
+    assert first != model.generate(QUESTIONS, PICTURES, max_new_tokens=8)
+    assert drawn(top_p=1e-6) == model.generate(QUESTIONS, PICTURES, max_new_tokens=8)
+
+
+def test_the_next_answer_of_a_dialogue_reads_what_was_said(model: LyricsModel) -> None:
+    asked, said = [(QUESTIONS[0], "is the cup red ?")], [("red",)]
+    found = model.generate(asked, PICTURES[:1], said=said, max_new_tokens=6)
+    conversation = model.template.conversation(asked[0], said[0], TEXTS[0])
+    with torch.no_grad():
+        inputs = torch.cat(rows_of(model, [QUESTIONS[0]], PICTURES[:1], conversation), dim=1)
+        ids = model.llm.generate(inputs_embeds=inputs, max_new_tokens=6, do_sample=False, eos_token_id=7)
+    assert found == [model.template.decode(ids[0].tolist())]
+    assert found != model.generate([asked[0][1]], PICTURES[:1], max_new_tokens=6)
+
+
+def test_what_was_looked_at_once_serves_every_question(model: LyricsModel) -> None:
+    memory = model.look(PICTURES[:1])
+    looks: list[int] = []
+    original = model.mq_former.look
+    model.mq_former.look = lambda *a: looks.append(1) or original(*a)  # type: ignore[method-assign]
+    remembered = [model.generate([q], PICTURES[:1], max_new_tokens=6, memory=memory) for q in QUESTIONS]
+    assert not looks
+    assert remembered == [model.generate([q], PICTURES[:1], max_new_tokens=6) for q in QUESTIONS]
 
 
 def test_the_picture_and_the_replaced_spatial_text_both_matter(model: LyricsModel) -> None:
+    @torch.no_grad()
     def loss(picture: SeenImage, text: str) -> float:
         return float(model(QUESTIONS[:1], [picture], ANSWERS[:1], [text]))
 
@@ -102,24 +228,9 @@ def test_the_picture_and_the_replaced_spatial_text_both_matter(model: LyricsMode
     assert loss(PICTURES[0], PICTURES[2].spatial_text) != pytest.approx(own, abs=1e-6)
 
 
-def test_a_new_adapter_has_no_effect_and_the_base_stays_frozen(model: LyricsModel) -> None:
-    ids = torch.tensor([[6, 9, 10, 11]])
-    torch.testing.assert_close(model.llm(ids).logits, llama().eval()(ids).logits)
-    model(QUESTIONS, PICTURES, ANSWERS, [""] * 3).backward()
-    trained = {name for name, p in model.llm.named_parameters() if p.grad is not None}
-    assert trained and all("lora_" in name for name in trained)
+def test_gradients_reach_queries_and_local_tokens() -> None:
+    model = small_model()
+    model(QUESTIONS, [seen(2, 0), seen(1, 1), seen(3, 2)], ANSWERS, [""] * 3).backward()
     assert model.mq_former.visual_queries.grad.abs().sum() > 0
     assert model.mq_former.local_tokens.project["detector"].weight.grad.abs().sum() > 0
-
-
-def test_a_saved_adapter_loads_with_plain_peft_and_is_the_same_bytes(model: LyricsModel, tmp_path) -> None:
-    for name, parameter in model.llm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    save_adapter(tmp_path / "a", model.llm)
-    save_adapter(tmp_path / "b", model.llm)
-    ids = torch.tensor([[6, 9, 10, 11]])
-    loaded = load_adapter(tmp_path / "a", llama()).eval()
-    torch.testing.assert_close(loaded(ids).logits, model.llm(ids).logits)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert llama().config.hidden_size == model.projection.linear.out_features

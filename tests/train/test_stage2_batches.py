@@ -54,3 +54,11 @@ def test_boxes_are_asked_for_with_the_spatial_text_and_the_rest_half_of_the_time
     shown = {i: [bool(t) for n, t in zip(batch.ids, batch.spatial_texts, strict=True) if n == i] for i in "cvr"}
     assert all(shown["r"]) and 0.3 < sum(shown["c"] + shown["v"]) / len(shown["c"] + shown["v"]) < 0.7
     assert not any(data(caption_steps=0, spatial_text_in_llm=False).batch(0, 40).spatial_texts)
+
+
+def test_a_dialogue_is_learnt_whole() -> None:
+    turns = (("What is there?", "A cup."), ("Tell me more.", "It is red."))
+    chat = Sample(sample_id="d", image_id="1", task="chat", kind="chat", turns=turns)
+    batch = data((chat,)).batch(3, 2)
+    assert batch.instructions == [("What is there?", "Tell me more.")] * 2
+    assert batch.answers == [("A cup.", "It is red.")] * 2
