@@ -231,6 +231,8 @@ class Stage1:
     negatives within a micro-batch, over all processes.
 
     `processes` > 1 runs the stage under torchrun on this machine, by `strategy`: DDP, or FSDP2 (`fully_shard`).
+    `trainable`: patterns of names of MQ-Former's parameters; all else is frozen. `activation_checkpointing` computes
+    the layers' activations again in the backward pass, in place of keeping them.
     """
 
     steps: Count
@@ -249,6 +251,7 @@ class Stage1:
     checkpoints_kept: Count
     log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
+    trainable: tuple[str, ...]
     optimizer: Optimizer
 
 
@@ -262,11 +265,13 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage2:
-    """`batch_size`, `accumulate`, `processes`, `strategy` as in Stage1.
+    """`batch_size`, `accumulate`, `processes`, `strategy`, `activation_checkpointing`, `compile` as in Stage1.
 
     `caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
 
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
+    `trainable`: patterns of parameter names; all else is frozen. `packing` puts several samples into a row.
+    `llm_bits`: of the frozen language model's weights; 8 and 4 by bitsandbytes, on CUDA (None: as they are, fp32).
     """
 
     steps: Count
@@ -281,6 +286,9 @@ class Stage2:
     caption_steps: Amount
     without_spatial: Fraction
     loss_average: Literal["tokens", "samples"]
+    packing: bool
+    llm_bits: Literal[16, 8, 4] | None
+    trainable: tuple[str, ...]
     lora: Lora
     checkpoint_every: Count
     checkpoints_kept: Count

@@ -139,14 +139,6 @@ def test_every_dependency_has_its_line_with_a_licence() -> None:
         assert re.match(r"[\w.-]+", one)[0] in section, one  # type: ignore[index]
 
 
-def test_the_freeze_table_says_what_stage_2_freezes() -> None:
-    from lyrics.model.lyrics import STAGE1_HEADS
-
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "heads, temperature" in line)
-    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["–", "**trained**", "frozen, unused"]
-    assert {"image_projection", "text_projection", "matching_head", "text_head", "temperature"} == set(STAGE1_HEADS)
-
-
 def test_the_pipeline_table_has_every_stage_and_where_it_writes() -> None:
     rows = dict(re.findall(r"^\| `(\w+)(?: PART)?` \| `([\w/.]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
     outs = {name.partition("@")[0]: stage.outs[0] for name, stage in dag.read(ROOT / "dvc.yaml").items()}

@@ -84,8 +84,17 @@ def save(out: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFas
     shutil.copyfile(template, out / "chat_template.jinja")
 
 
-def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
-    """The model in evaluation mode, and its tokenizer with bos, eos, pad (never eos) and its chat template."""
+def load_llm(
+    folder: Path, dtype: torch.dtype = torch.float32, *, bits: int | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    """The model in evaluation mode, and its tokenizer with bos, eos, pad (never eos) and its chat template.
+
+    Args:
+        bits: of a weight: 16 is bf16; 8 and 4 need CUDA and bitsandbytes; None leaves it to `dtype`.
+
+    Raises:
+        InputError: there is no model, or it cannot be quantised here.
+    """
     import json
 
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -99,8 +108,38 @@ def load_llm(folder: Path, dtype: torch.dtype = torch.float32) -> "tuple[PreTrai
         clean_up_tokenization_spaces=False,
         **json.loads((folder / "special_tokens.json").read_text()),
     )
-    model = pretrained.read(AutoModelForCausalLM, folder, dtype=dtype)
+    options = {"dtype": torch.bfloat16 if bits else dtype} | (_quantised(bits) if bits in (4, 8) else {})
+    model = pretrained.read(AutoModelForCausalLM, folder, **options)
     return model.eval(), tokenizer
+
+
+def _quantised(bits: int) -> dict[str, Any]:
+    """How transformers loads weights of 8 bits (LLM.int8) or 4 (NF4 with double quantisation, as in QLoRA)."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"stage2.llm_bits is {bits}, which needs CUDA, and this machine has none; set it to null or 16 with: "
+            "python -m lyrics configure stage2.llm_bits=null"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"stage2.llm_bits is {bits}, which needs the package bitsandbytes, and it is not installed; install it "
+            "with: pip install -e '.[quantised]', or set stage2.llm_bits to null"
+        )
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def add_text_ends(tokenizer_folder: Path) -> "PreTrainedTokenizerFast":

@@ -23,6 +23,7 @@ from lyrics.train.devices import Ranks
 from lyrics.train.loop import MicroBatch
 from lyrics.train.objectives import GROUPS, Objectives
 from lyrics.train.stage1_batches import Stage1Batch, Stage1Data
+from lyrics.train.trainable import train_only
 
 FOUNDATION, REFINED, STAGE1 = Path("models/foundation"), Path("data/refined"), Path("models/stage1")
 TRAIN_SPLITS = ("web", "instruct")
@@ -96,6 +97,7 @@ def train(
     objectives = Objectives(
         mq_former, tokenizer, itc_cross_query=settings.itc_cross_query, smoothing=settings.label_smoothing, ranks=ranks
     )
+    train_only(mq_former, settings.trainable, "stage1.trainable")
     model = devices.prepare(objectives, list(mq_former.layers), ranks, settings.strategy, device)
     optimizers = optimizer.build(
         mq_former,

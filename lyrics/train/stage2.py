@@ -18,7 +18,7 @@ from lyrics.foundation.llm import load_llm
 from lyrics.foundation.tokenizer import load_text_tokenizer
 from lyrics.model.inputs import TextTokenizer
 from lyrics.model.language import PromptTemplate, add_lora, load_adapter, save_adapter
-from lyrics.model.lyrics import STAGE1_HEADS, LyricsModel
+from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
 from lyrics.stage import Tracker
@@ -26,6 +26,7 @@ from lyrics.train import devices, loop
 from lyrics.train.loop import MicroBatch
 from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
 from lyrics.train.stage2_batches import Stage2Data, without_target
+from lyrics.train.trainable import train_only
 
 TRAIN_SPLIT = "instruct"
 _START_SAMPLES = 256  # on which the projection starts
@@ -34,7 +35,9 @@ log = logging.getLogger(__name__)
 
 def build(config: Config) -> LyricsModel:
     """Stage 1's MQ-Former, a new projection, the frozen language model with a new adapter."""
-    llm, tokenizer = load_llm(FOUNDATION / "llm")
+    llm, tokenizer = load_llm(FOUNDATION / "llm", bits=config.stage2.llm_bits)
+    if config.stage2.activation_checkpointing:
+        llm.activation_checkpointing_enable({"use_reentrant": False})
     mq_former = load_mq_former(STAGE1)
     words: Any = llm.get_input_embeddings()
     torch.manual_seed(config.seed)
@@ -45,10 +48,9 @@ def build(config: Config) -> LyricsModel:
         text_tokenizer=TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer")),
         template=PromptTemplate(tokenizer),
         spatial_text_in_llm=config.stage2.spatial_text == "llm",
+        packing=config.stage2.packing,
     )
-    for name, parameter in model.mq_former.named_parameters():
-        if name.split(".")[0] in STAGE1_HEADS:
-            parameter.requires_grad_(False)
+    train_only(model, config.stage2.trainable, "stage2.trainable")
     return model
 
 
