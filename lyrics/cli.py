@@ -176,19 +176,26 @@ def configure(
 @app.command(rich_help_panel=USE)
 def ask(
     image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str, typer.Argument(help="What you want to know about it.")],
+    questions: Annotated[list[str], typer.Argument(help="What you want to know about it; each is answered by itself.")],
     boxes: Annotated[Path | None, typer.Option(help="Also draw what the refiner saw into this PNG.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    beams: Annotated[int, typer.Option(help="Beams of beam search; 1 is greedy.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
-    """Answer a question about a picture by the champion, else the candidate, else the local model."""
+    """Answer questions about a picture by the champion, else the candidate, else the local model; one a line."""
     from lyrics.errors import InputError
 
     if not image.is_file():  # before the model is imported, which takes seconds
         found = "is a folder" if image.is_dir() else "does not exist"
         raise InputError(f"{image} {found}; give the path of a JPEG, PNG or WebP picture")
     from lyrics.inference import ask as answer
+    from lyrics.model.language import Decoding
 
-    said = answer(image, question, boxes)
-    print(said.answer)
+    decoding = Decoding(num_beams=beams, temperature=temperature, top_p=top_p, seed=seed)
+    said = answer(image, questions, boxes, max_new_tokens, decoding)
+    print(*said.answers, sep="\n")
     print(f"({said.source})", file=sys.stderr)
 
 

@@ -1,8 +1,11 @@
 """A trained model with everything in front of it: picture and question in, answer out."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +20,41 @@ from lyrics.data.webdataset import open_image
 from lyrics.drawing import draw_objects
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
-from lyrics.model.lyrics import LyricsModel
+from lyrics.model.language import GREEDY, Decoding
+from lyrics.model.lyrics import LyricsModel, Read
+from lyrics.model.mq_former import Memory
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner.refine import RefinedObjects, Refiner, load_refiner
 from lyrics.train import stage2
 from lyrics.train.devices import pick_device
+
+PICTURES_KEPT = 4  # a picture's keys and values take about as much memory as a dialogue about it
+_Value = TypeVar("_Value")
+
+
+class Recent(Generic[_Value]):
+    """The values used last, as many as `size`."""
+
+    def __init__(self, size: int = PICTURES_KEPT) -> None:
+        self.size = size
+        self._values: collections.OrderedDict[str, _Value] = collections.OrderedDict()
+
+    def get(self, key: str, make: Callable[[], _Value]) -> _Value:
+        if key not in self._values:
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        while len(self._values) > self.size:
+            self._values.popitem(last=False)
+        return self._values[key]
+
+
+@dataclasses.dataclass
+class Known:
+    """A picture that was looked at: what no question changes, and the dialogue about it so far."""
+
+    seen: SeenImage
+    memory: Memory
+    read: Read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +69,7 @@ class Lyrics:
     encoder: ImageEncoder
     refiner: Refiner
     label: str
+    _known: Recent[Known] = dataclasses.field(default_factory=Recent, init=False, repr=False, compare=False)
 
     @classmethod
     def from_folders(
@@ -79,10 +113,33 @@ class Lyrics:
         found = self.refiner.refine(list(images), truth)
         return [_seen(image, tokens, objects) for image, tokens, objects in zip(images, tokens_BPD, found, strict=True)]
 
-    def answer(self, image: Image.Image | str | Path, question: str, max_new_tokens: int = 64) -> str:
-        """Greedy answer to one question about one picture."""
+    def answer(
+        self,
+        image: Image.Image | str | Path,
+        question: str,
+        max_new_tokens: int = 64,
+        decoding: Decoding = GREEDY,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> str:
+        """Answer to one question about one picture. The last few pictures are known again by their pixels.
+
+        Args:
+            history: questions and answers so far, in a dialogue about the picture.
+        """
         picture = image if isinstance(image, Image.Image) else open_image(str(image))
-        return self.answer_batch([question], self.see([picture]), max_new_tokens=max_new_tokens)[0]
+        known = self._known.get(_content_hash(picture), lambda: self._know(self.see([picture])[0]))
+        if not history:
+            known.read = Read()
+        return self.model.generate(
+            [(*(asked for asked, _ in history), question)],
+            [known.seen],
+            None,
+            max_new_tokens,
+            decoding,
+            said=[tuple(answer for _, answer in history)],
+            memory=known.memory,
+            read=known.read if decoding.num_beams == 1 else None,
+        )[0]
 
     def answer_batch(
         self,
@@ -90,9 +147,34 @@ class Lyrics:
         seen: Sequence[SeenImage],
         spatial_texts: Sequence[str] | None = None,
         max_new_tokens: int = 32,
+        decoding: Decoding = GREEDY,
     ) -> list[str]:
-        """Greedy answers. `spatial_texts` replaces what the language model reads of each picture's objects."""
-        return self.model.generate(questions, seen, spatial_texts, max_new_tokens)
+        """Answers, each to a question of its own. A picture that comes several times in `seen` is looked at once.
+
+        Args:
+            spatial_texts: replaces what the language model reads of each picture's objects.
+        """
+        return self.model.generate(questions, seen, spatial_texts, max_new_tokens, decoding, memory=self._look(seen))
+
+    @torch.inference_mode()
+    def _know(self, seen: SeenImage) -> Known:
+        return Known(seen, self.model.look([seen]), Read())
+
+    @torch.inference_mode()
+    def _look(self, seen: Sequence[SeenImage]) -> Memory:
+        pictures = list({id(one): one for one in seen}.values())
+        place = {id(one): index for index, one in enumerate(pictures)}
+        if len(pictures) == 1:  # while it is kept, no other picture can have its id
+            memory = self._known.get(f"id {id(seen[0])}", lambda: self._know(seen[0])).memory
+        else:
+            memory = self.model.look(pictures)
+        if len(pictures) == len(seen):
+            return memory
+        return memory.index(torch.tensor([place[id(one)] for one in seen], device=self.model.device))
+
+
+def _content_hash(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def _seen(image: Image.Image, tokens_PD: np.ndarray, objects: RefinedObjects) -> SeenImage:
@@ -122,19 +204,25 @@ def load(where: str | Path | None = None, device: str = "auto") -> Lyrics:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """An answer and which model gave it."""
+    """Answers and which model gave them."""
 
-    answer: str
+    answers: list[str]
     source: str
 
 
-def ask(image: Path, question: str, boxes: Path | None = None) -> Said:
-    """Answer from the best model at hand; `boxes` receives the picture with what the refiner saw.
+def ask(
+    image: Path,
+    questions: Sequence[str],
+    boxes: Path | None = None,
+    max_new_tokens: int = 64,
+    decoding: Decoding = GREEDY,
+) -> Said:
+    """Answer each question from the best model at hand; `boxes` receives the picture with what the refiner saw.
 
     Raises:
-        InputError: the question is empty, the picture cannot be read, or there is no model.
+        InputError: a question is empty, the picture cannot be read, or there is no model.
     """
-    if not question.strip():
+    if not all(question.strip() for question in questions):
         raise InputError('The question is empty; ask something, e.g. "What color is the umbrella?"')
     try:
         picture = open_image(str(image))
@@ -144,4 +232,4 @@ def ask(image: Path, question: str, boxes: Path | None = None) -> Said:
     if boxes is not None:
         found = model.refine(picture)
         draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, found.masks).save(boxes, format="PNG")
-    return Said(model.answer(picture, question), model.label)
+    return Said([model.answer(picture, question, max_new_tokens, decoding) for question in questions], model.label)

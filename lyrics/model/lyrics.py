@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lyrics.model.inputs import SeenImage, TextTokenizer
 from lyrics.model.language import GREEDY, IGNORED, Conversation, Decoding, PromptTemplate, Sequences, assemble
@@ -18,6 +19,27 @@ from lyrics.model.projection import Projection
 
 Texts = str | tuple[str, ...]  # of one sample: a text, or one for each turn of a dialogue
 Average = Literal["tokens", "samples"]
+
+
+class Read:
+    """What the language model has read in one dialogue: inputs_1SE, and their keys and values."""
+
+    def __init__(self) -> None:
+        self.inputs_1SE: Tensor | None = None
+        self.cache = DynamicCache()
+
+    def resume(self, inputs_1SE: Tensor) -> DynamicCache:
+        """Keys and values of as much of `inputs_1SE` as was read before, but for its last position."""
+        if self.inputs_1SE is not None:
+            length = min(self.inputs_1SE.shape[1], inputs_1SE.shape[1] - 1)
+            same_S = (self.inputs_1SE[0, :length] == inputs_1SE[0, :length]).all(-1)
+            if (unlike := int(same_S.cumprod(0).sum()) - self.cache.get_seq_length()) < 0:
+                self.cache.crop(unlike)
+        return self.cache
+
+    def keep(self, inputs_1SE: Tensor) -> None:
+        """`inputs_1SE` with what was said; the last token said has not been read yet."""
+        self.inputs_1SE = inputs_1SE[:, : self.cache.get_seq_length()]
 
 
 class LyricsModel(nn.Module):
@@ -149,6 +171,7 @@ class LyricsModel(nn.Module):
         *,
         said: Sequence[Texts] | None = None,
         memory: Memory | None = None,
+        read: Read | None = None,
     ) -> list[str]:
         """Answers to the last question of each sample.
 
@@ -156,22 +179,27 @@ class LyricsModel(nn.Module):
             spatial_texts: replaces what the language model reads of the objects.
             said: the answers to the questions before the last, where `instructions` are dialogues.
             memory: what `look` gave for `seen`; None looks now.
+            read: of one sample whose dialogue goes on; only what is new in it is read, and `read` grows. No beams.
         """
         if spatial_texts is None:
             spatial_texts = [s.spatial_text for s in seen]
         tokens_BQE = self.query_tokens(instructions, seen, memory)
         conversations = self._prompts(instructions, spatial_texts, [()] * len(seen) if said is None else said)
         sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout="left")
+        inputs_BSE = self.embed(sequences, tokens_BQE)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(decoding.seed)
             ids_BS = self.llm.generate(
-                inputs_embeds=self.embed(sequences, tokens_BQE),
+                inputs_embeds=inputs_BSE,
+                past_key_values=None if read is None else read.resume(inputs_BSE),
                 attention_mask=sequences.mask().long().to(self.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.template.pad,
                 eos_token_id=self.template.end,
                 **decoding.settings(),
             )
+        if read is not None:
+            read.keep(torch.cat([inputs_BSE, self._base.get_input_embeddings()(ids_BS)], dim=1))
         return [self.template.decode(row) for row in ids_BS.tolist()]
 
     def _prompts(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lyrics.model.inputs import SeenImage
 from lyrics.model.language import Conversation, Decoding, Layout, assemble
-from lyrics.model.lyrics import LyricsModel, Texts
+from lyrics.model.lyrics import LyricsModel, Read, Texts
 
 TEXTS = [p.spatial_text for p in PICTURES]
 # A dialogue, a question and a dialogue.
@@ -206,6 +206,33 @@ def test_the_next_answer_of_a_dialogue_reads_what_was_said(model: LyricsModel) -
         ids = model.llm.generate(inputs_embeds=inputs, max_new_tokens=6, do_sample=False, eos_token_id=7)
     assert found == [model.template.decode(ids[0].tolist())]
     assert found != model.generate([asked[0][1]], PICTURES[:1], max_new_tokens=6)
+
+
+def test_a_dialogue_goes_on_from_what_was_read(model: LyricsModel) -> None:
+    lengths: list[int] = []
+    model._base.model.register_forward_hook(lambda _m, _a, output: lengths.append(output[0].shape[1]))
+    questions = (QUESTIONS[0], "is the cup red ?", "what is it ?")
+    read, said = Read(), []
+    for turn in range(1, 4):
+        lengths.clear()
+        anew = model.generate([questions[:turn]], PICTURES[:1], said=[tuple(said)], max_new_tokens=5)
+        prompt = lengths[0]
+        lengths.clear()
+        found = model.generate([questions[:turn]], PICTURES[:1], said=[tuple(said)], max_new_tokens=5, read=read)
+        assert found == anew
+        # Answers of random weights hold special tokens, which a text does not: from there it is read again.
+        new = 5 + len(questions[turn - 1].split()) + 5
+        assert lengths[0] == prompt if turn == 1 else lengths[0] <= new < prompt
+        said += found
+
+
+def test_a_dialogue_that_turns_out_otherwise_is_read_from_where_it_differs(model: LyricsModel) -> None:
+    read = Read()
+    model.generate([QUESTIONS[0]], PICTURES[:1], max_new_tokens=5, read=read)
+    for question, picture in ((QUESTIONS[1], PICTURES[1]), (QUESTIONS[0], PICTURES[0]), (QUESTIONS[0], PICTURES[0])):
+        assert model.generate([question], [picture], max_new_tokens=5, read=read) == model.generate(
+            [question], [picture], max_new_tokens=5
+        )
 
 
 def test_what_was_looked_at_once_serves_every_question(model: LyricsModel) -> None:
