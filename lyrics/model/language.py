@@ -260,10 +260,19 @@ def add_lora(
         return get_peft_model(llm, settings)
 
 
-def save_adapter(folder: Path, llm: PeftModel) -> None:
-    """peft's own layout, without what changes from run to run (its model card; sets in hash order)."""
+def adapter_state(llm: PeftModel) -> dict[str, Tensor]:
+    """The adapter's weights by peft's names."""
+    return get_peft_model_state_dict(llm)
+
+
+def save_adapter(folder: Path, llm: PeftModel, state: dict[str, Tensor]) -> None:
+    """peft's own layout, without what changes from run to run (its model card; sets in hash order).
+
+    Args:
+        state: of `adapter_state`, whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(llm).items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = llm.peft_config["default"].to_dict()
     plain = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in settings.items()}

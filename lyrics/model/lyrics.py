@@ -71,6 +71,10 @@ class LyricsModel(nn.Module):
         return self.llm.get_base_model()
 
     @property
+    def language_layers(self) -> list[nn.Module]:
+        return list(self._base.model.layers)
+
+    @property
     def device(self) -> torch.device:
         return self.projection.linear.weight.device
 
@@ -101,7 +105,8 @@ class LyricsModel(nn.Module):
             for i, s in zip(instructions, seen, strict=True)
         ]
         ids_BT, mask_BT = (x.to(self.device) for x in t.pad_rows(rows))
-        return self.mq_former("instruction", self.look(seen) if memory is None else memory, ids_BT, mask_BT)[0]
+        memory = self.look(seen) if memory is None else memory
+        return self.mq_former("instruction", memory, ids_BT, mask_BT, wanted="queries")[0]
 
     def embed(self, sequences: Sequences, tokens_BQE: Tensor) -> Tensor:
         """inputs_RSE with the query tokens in their places."""

@@ -122,8 +122,9 @@ def prepare(
         blocks: what FSDP2 shards one by one; the rest of `model` is one more group.
     """
     if ranks.size == 1:
-        return model
+        return model.to(device)
     if strategy == "ddp":
+        model.to(device)
         # Not every parameter takes part in every step: objectives alternate, sources may be switched off.
         return DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True

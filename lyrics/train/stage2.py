@@ -17,15 +17,16 @@ from lyrics.errors import InputError
 from lyrics.foundation.llm import load_llm
 from lyrics.foundation.tokenizer import load_text_tokenizer
 from lyrics.model.inputs import TextTokenizer
-from lyrics.model.language import PromptTemplate, add_lora, load_adapter, save_adapter
+from lyrics.model.language import PromptTemplate, adapter_state, add_lora, load_adapter, save_adapter
 from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
 from lyrics.stage import Tracker
 from lyrics.train import devices, loop
+from lyrics.train.devices import Ranks
 from lyrics.train.loop import MicroBatch
 from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
-from lyrics.train.stage2_batches import Stage2Data, without_target
+from lyrics.train.stage2_batches import Stage2Batch, Stage2Data, without_target
 from lyrics.train.trainable import train_only
 
 TRAIN_SPLIT = "instruct"
@@ -54,20 +55,33 @@ def build(config: Config) -> LyricsModel:
     return model
 
 
-def trainable_parameters(model: LyricsModel) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def run(config: Config, work: Path, tracker: Tracker) -> None:
     """The `finetune` verb: writes model.safetensors, adapter/, config.json and history.jsonl."""
-    settings = config.stage2
     device = devices.pick_device(config.device)
     numerics.use_deterministic_kernels()
+    data = _data(config)
+    with devices.joined(device) as ranks:
+        ranks.check(config.stage2.batch_size, config.stage2.accumulate, "stage2")
+        model = build(config)
+        _start_projection(model, data, device)
+        _log_counts(model, tracker)
+        history = train(model, data, config, work, tracker, ranks, device)
+        weights, adapter = _whole_parts(model), devices.whole(adapter_state(model.llm))
+        if ranks.first:
+            _save(work / "out", model, weights, adapter, config, history)
+
+
+def _data(config: Config) -> Stage2Data:
+    """
+    Raises:
+        InputError: there are no samples, or some have nothing to learn from.
+    """
     splits = open_splits((TRAIN_SPLIT,))
     if not splits or not splits[0].samples:
         raise InputError(f"Stage 2 found no samples in data/refined/{TRAIN_SPLIT}; give the source an instruct split")
     if missing := without_target(splits[0].samples):
         raise InputError(f"{len(missing)} samples have no target to learn from, the first is {missing[0]}")
+    settings = config.stage2
     data = Stage2Data(
         splits[0],
         coordinate_format=config.refine.coordinate_format,
@@ -78,18 +92,46 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
         seed=config.seed,
     )
     log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.weights.items()})
-    model = build(config).to(device)
+    return data
+
+
+def _start_projection(model: LyricsModel, data: Stage2Data, device: torch.device) -> None:
+    """Start it from what the queries give for some samples.
+
+    Raises:
+        InputError: their features are not finite.
+    """
     first = data.batch(0, _START_SAMPLES)
     if damaged := first.not_finite():
         raise InputError(
             f"The features of {', '.join(damaged)} are not finite; make them again with: python -m lyrics refine"
         )
+    # The language model may be too large for one device; it moves when it is sharded.
+    model.mq_former.to(device)
+    model.projection.to(device)
     with torch.no_grad():
         query_BQD = model.query_outputs(first.instructions, first.seen)
-    model.projection.start_from(query_BQD, model.llm.get_input_embeddings().weight)
-    model.train()
-    trainable = trainable_parameters(model)
-    _log_counts(model, tracker)
+    words: Any = model.llm.get_input_embeddings()
+    model.projection.start_from(query_BQD, words.weight.to(device))
+
+
+def train(
+    model: LyricsModel,
+    data: Stage2Data,
+    config: Config,
+    work: Path,
+    tracker: Tracker,
+    ranks: Ranks,
+    device: torch.device,
+) -> list[dict[str, float]]:
+    """Train `model` in place; returns the history of its loss."""
+    settings = config.stage2
+    model.mq_former.activation_checkpointing = settings.activation_checkpointing
+    blocks = [*model.mq_former.layers, *model.language_layers]
+    if settings.compile:
+        for block in blocks:
+            block.compile(dynamic=True)
+    wrapped = devices.prepare(model, blocks, ranks, settings.strategy, device).train()
     optimizers = optimizer.build(
         model,
         algorithm=settings.optimizer.algorithm,
@@ -100,36 +142,45 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
 
     def losses_at(step: int) -> Iterator[MicroBatch]:
         batch = data.batch(step, settings.batch_size)
+        total = model.normaliser(batch.answers, settings.loss_average)
+        size = settings.batch_size // settings.accumulate
+        own = ranks.own(size)
+        for start in range(0, settings.batch_size, size):
+            part = batch.part(slice(start + own.start, start + own.stop))
 
-        def losses() -> dict[str, Tensor]:
-            with numerics.autocast(device, settings.precision):
-                loss = model(batch.instructions, batch.seen, batch.answers, batch.spatial_texts, settings.loss_average)
-            return {"lm_loss": loss}
+            def losses(part: Stage2Batch = part) -> dict[str, Tensor]:
+                with numerics.autocast(device, settings.precision):
+                    loss = wrapped(
+                        part.instructions,
+                        part.seen,
+                        part.answers,
+                        part.spatial_texts,
+                        settings.loss_average,
+                        total=total,
+                    )
+                return {"lm_loss": loss}
 
-        yield MicroBatch(losses, batch.ids)
+            yield MicroBatch(losses, part.ids, last=start + size == settings.batch_size)
 
-    def not_finite_at(step: int) -> list[str]:
-        return data.batch(step, settings.batch_size).not_finite()
-
-    history = loop.fit(
+    return loop.fit(
         name="stage2",
         seed=config.seed,
         steps=settings.steps,
-        model=model,
-        trainable=trainable,
+        model=wrapped,
+        trainable={name: p for name, p in model.named_parameters() if p.requires_grad},
         optimizers=optimizers,
         warmup_steps=settings.optimizer.warmup_steps,
         grad_clip=settings.optimizer.grad_clip,
         losses_at=losses_at,
-        not_finite_at=not_finite_at,
+        not_finite_at=lambda step: data.batch(step, settings.batch_size).not_finite(),
         work=work,
         checkpoint_every=settings.checkpoint_every,
         checkpoints_kept=settings.checkpoints_kept,
         log_every=settings.log_every,
         samples_per_step=settings.batch_size,
         tracker=tracker,
+        ranks=ranks,
     )
-    _save(work / "out", model, config, history)
 
 
 def _log_counts(model: LyricsModel, tracker: Tracker) -> None:
@@ -139,12 +190,23 @@ def _log_counts(model: LyricsModel, tracker: Tracker) -> None:
     tracker.log_params({"stage2/trained_parameters": trained, "stage2/frozen_parameters": frozen})
 
 
-def _save(out: Path, model: LyricsModel, config: Config, history: list[dict[str, float]]) -> None:
+def _whole_parts(model: LyricsModel) -> dict[str, Tensor]:
+    """Whole weights of MQ-Former and projection. All ranks call it."""
+    parts = {"mq_former": model.mq_former, "projection": model.projection}
+    return devices.whole({f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()})
+
+
+def _save(
+    out: Path,
+    model: LyricsModel,
+    weights: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+    config: Config,
+    history: list[dict[str, float]],
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    state = {f"mq_former.{k}": v for k, v in model.mq_former.state_dict().items()}
-    state |= {f"projection.{k}": v for k, v in model.projection.state_dict().items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, out / "model.safetensors")
-    save_adapter(out / "adapter", model.llm)
+    save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors")
+    save_adapter(out / "adapter", model.llm, adapter)
     loop.write_history(out / "history.jsonl", history)
     parts = sorted(p.parent.name for p in FOUNDATION.glob("*/manifest.json"))
     io.write_json(

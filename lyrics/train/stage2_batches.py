@@ -41,6 +41,9 @@ class Stage2Batch:
     answers: list[Texts]
     spatial_texts: list[str]
 
+    def part(self, rows: slice) -> "Stage2Batch":
+        return Stage2Batch(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+
     def not_finite(self) -> list[str]:
         """Ids of the samples whose features are not."""
         return sorted({i for i, seen in zip(self.ids, self.seen, strict=True) if not seen.is_finite()})

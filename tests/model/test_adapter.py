@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from small_model import ANSWERS, PICTURES, QUESTIONS, llama, small_model, with_adapter
 
-from lyrics.model.language import load_adapter, save_adapter
+from lyrics.model.language import adapter_state, load_adapter, save_adapter
 from lyrics.model.lyrics import LyricsModel
 
 IDS = torch.tensor([[6, 9, 10, 11]])
@@ -67,8 +67,8 @@ def test_merged_weights_are_w_plus_scaled_b_a_and_merging_again_changes_nothing(
 @torch.no_grad()
 def test_a_saved_adapter_loads_with_plain_peft_and_is_the_same_bytes(model: LyricsModel, tmp_path) -> None:
     with_adapter(model)
-    save_adapter(tmp_path / "a", model.llm)
-    save_adapter(tmp_path / "b", model.llm)
+    save_adapter(tmp_path / "a", model.llm, adapter_state(model.llm))
+    save_adapter(tmp_path / "b", model.llm, adapter_state(model.llm))
     expected = model.llm(IDS).logits
     assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path / "a").eval()(IDS).logits, expected)
     torch.testing.assert_close(load_adapter(tmp_path / "a", llama()).eval()(IDS).logits, expected)
