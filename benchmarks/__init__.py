@@ -1,0 +1,1 @@
+"""Measurements beside a peer that does the same work, in one run."""
