@@ -46,7 +46,10 @@ class Measured:
 
 def step(program: Program, precision: numerics.Precision) -> None:
     """Forward, backward, AdamW."""
-    torch.use_deterministic_algorithms(program.deterministic)
+    if program.deterministic:
+        numerics.use_deterministic_kernels()
+    else:
+        torch.use_deterministic_algorithms(False)
     with numerics.autocast(CPU, precision):
         loss = torch.stack(list(program.losses().values())).sum()
     loss.backward()
