@@ -21,7 +21,14 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the loop may catch it."""
 
 
-def fit(work: Path, model: nn.Module, trainable: dict, optimizers: list, losses_at: Callable) -> list:
+def fit(
+    work: Path,
+    model: nn.Module,
+    trainable: dict,
+    optimizers: list,
+    losses_at: Callable,
+    not_finite_at: Callable = lambda _: [],
+) -> list:
     return loop.fit(
         name="stage1",
         seed=0,
@@ -32,7 +39,7 @@ def fit(work: Path, model: nn.Module, trainable: dict, optimizers: list, losses_
         warmup_steps=3,
         grad_clip=1.0,
         losses_at=losses_at,
-        not_finite_at=lambda _: [],
+        not_finite_at=not_finite_at,
         work=work,
         checkpoint_every=4,
         checkpoints_kept=2,
@@ -160,6 +167,24 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_samples(tmp_path: Pat
     with pytest.raises(FloatingPointError, match=r"before step 6.*sample-7"):
         train(tmp_path, poison_at=6)
     assert checkpoint.load_newest(tmp_path / "checkpoints")["step"] == 4
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_who_is_at_fault(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(1))
+    sgd = torch.optim.SGD([{"params": [weight], "initial_lr": 0.1}])
+
+    def losses_at(_: int) -> Iterator[loop.MicroBatch]:
+        slope_at_0 = (weight - weight.detach()).abs().sqrt().sum()  # infinite; the loss itself is 0
+        yield loop.MicroBatch(lambda: {"loss": slope_at_0}, [f"sample-{number}" for number in range(20)])
+
+    def stop(not_finite: list[str]) -> str:
+        with pytest.raises(FloatingPointError, match=r"before step 0, with loss 0\.0") as stopped:
+            fit(tmp_path, nn.Identity(), {"weight": weight}, [sgd], losses_at, lambda _: not_finite)
+        assert weight.item() == 1.0
+        return str(stopped.value)
+
+    assert "all inputs are finite" in stop([]) and "sample-0, " in stop([]) and ", sample-19." in stop([])
+    assert "the features of sample-4 are not finite" in stop(["sample-4"]) and "sample-5" not in stop(["sample-4"])
 
 
 def test_batches_cover_each_sample_once_an_epoch() -> None:
