@@ -62,7 +62,7 @@ class Peer(nn.Module):
         self.image_projection = nn.Linear(config.hidden_size, config.projection_size)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_size)
         self.matching_head = nn.Linear(config.hidden_size, 2)
-        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.temperature = nn.Parameter(torch.tensor([config.temperature]))
 
     def forward(
         self,

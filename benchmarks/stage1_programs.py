@@ -107,34 +107,40 @@ def random_batch(config: MQFormerConfig, tokenizer: TextTokenizer, pairs: int, p
     lengths = [CAPTION_TOKENS[i % len(CAPTION_TOKENS)] for i in range(pairs)]
     visual = tokenizer.visual_batch(seen)
     nothing = torch.zeros(visual.local.object_mask_BN.shape, dtype=torch.bool)
+    captions = [draw.integers(len(SPECIAL), config.vocabulary_size, length).tolist() for length in lengths]
     return Stage1Batch(
+        own=slice(0, pairs),
         ids=tuple(map(str, range(pairs))),
         visual=visual,
-        caption_rows=[draw.integers(len(SPECIAL), config.vocabulary_size, length).tolist() for length in lengths],
+        caption_rows=captions,
         spatial_rows=[[]] * pairs,
         same_caption_BB=torch.eye(pairs, dtype=torch.bool),
         same_spatial_BB=torch.eye(pairs, dtype=torch.bool),
         msp_rows=[[]] * pairs,
         msp_labels=[[]] * pairs,
-        hidden_tag_BN=nothing,
-        hidden_box_BN=nothing,
+        hidden_tag_bN=nothing,
+        hidden_box_bN=nothing,
         uniform_B2=torch.from_numpy(draw.random((pairs, 2))),
+        totals={"itc_loss": pairs, "itm_loss": 3 * pairs, "icg_loss": sum(len(row) + 1 for row in captions)},
     )
 
 
 def our_losses(objectives: Objectives, batch: Stage1Batch) -> dict[str, Tensor]:
     """What both have: ITC of captions, ITM, ICG."""
-    memory = objectives.look(batch)
-    query_BQD, _ = objectives.mq_former("contrastive", memory, cross_query=objectives.itc_cross_query)
+    looked = objectives.look(batch)
     similarity_BB = losses.query_text_similarity(
-        objectives.mq_former.image_projection(query_BQD), objectives.encode_text(batch.caption_rows)
+        objectives.mq_former.image_projection(looked.encoded.query_PQD), objectives.encode_text(batch.caption_rows)
     )
     same_BB = batch.same_caption_BB.to(similarity_BB.device)
-    return {
-        "itc_loss": losses.contrastive_loss(similarity_BB, objectives.temperature, same_BB, objectives.smoothing),
-        "itm_loss": objectives.matching(batch, memory, similarity_BB.detach()),
-        "icg_loss": objectives.captioning(batch, memory),
+    both_ways = similarity_BB, similarity_BB.T
+    found = {
+        "itc_loss": losses.contrastive_loss(*both_ways, objectives.temperature, same_BB, objectives.smoothing),
+        "itm_loss": losses.matching_loss(
+            *objectives.matching_logits(batch, looked, *(similarity.detach() for similarity in both_ways))
+        ),
+        "icg_loss": objectives.captioning(batch, looked),
     }
+    return {name: loss / batch.totals[name] for name, loss in found.items()}
 
 
 def peer_losses(

@@ -21,6 +21,27 @@ def heads_of(x_BSD: Tensor, heads: int) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """What queries look at, before it is projected.
+
+    Attributes:
+        mask_B11L: which of the L tokens are real (None: all).
+        affine: a norm whose scale and shift still have to be applied to x. Taken into the projections they leave x
+            without a gradient, which frozen features do not need and which would cost as much as projecting them.
+    """
+
+    x_BLD: Tensor
+    mask_B11L: Tensor | None = None
+    affine: nn.LayerNorm | None = None
+
+    def project(self, linear: nn.Linear) -> Tensor:
+        if self.affine is None:
+            return linear(self.x_BLD)
+        weight, bias = linear.weight * self.affine.weight, linear.bias + linear.weight @ self.affine.bias
+        return F.linear(self.x_BLD, weight, bias)
+
+
+@dataclasses.dataclass(frozen=True)
 class KeyValue:
     """Keys and values for one layer, (B, H, L, d), and which of the L are real."""
 
@@ -131,12 +152,22 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
 
-    def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, KeyValue]:
-        """Keys and values of each source's tokens_BLD, with their mask_B11L."""
+    def remember(self, sources: dict[str, Source]) -> dict[str, KeyValue]:
+        """Keys and values of each source."""
         return {
-            name: KeyValue(heads_of(self.key[name](x), self.heads), heads_of(self.value[name](x), self.heads), mask)
-            for name, (x, mask) in tokens.items()
+            name: KeyValue(
+                heads_of(source.project(self._linear(self.key, name)), self.heads),
+                heads_of(source.project(self._linear(self.value, name)), self.heads),
+                source.mask_B11L,
+            )
+            for name, source in sources.items()
         }
+
+    @staticmethod
+    def _linear(modules: nn.ModuleDict, name: str) -> nn.Linear:
+        module = modules[name]
+        assert isinstance(module, nn.Linear)
+        return module
 
     def forward(self, queries: dict[str, Tensor], memory: dict[str, KeyValue], lanes: Lanes | None = None) -> Tensor:
         """`queries`: x_PQD by source. Returns all of them, in that order."""
@@ -191,9 +222,9 @@ class Layer(nn.Module):
         self.text_feed_forward = FeedForward(hidden_size, intermediate_size, dropout, eps)
         self.query_feed_forward = FeedForward(hidden_size, intermediate_size, dropout, eps)
 
-    def remember(self, tokens: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, KeyValue]:
+    def remember(self, sources: dict[str, Source]) -> dict[str, KeyValue]:
         """What its queries will look at; nothing in a layer without cross-attention."""
-        return {} if self.cross_attention is None else self.cross_attention.remember(tokens)
+        return {} if self.cross_attention is None else self.cross_attention.remember(sources)
 
     def forward(
         self,

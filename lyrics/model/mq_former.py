@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lyrics.errors import InputError
 from lyrics.model import mq_former_weights
-from lyrics.model.attention import KeyValue, Layer, Memory, Wanted
+from lyrics.model.attention import KeyValue, Layer, Memory, Source, Wanted
 from lyrics.model.local_tokens import LocalFeatures, LocalTokens
 
 Objective = Literal["contrastive", "matching", "captioning", "masked_spatial", "instruction"]
@@ -205,25 +205,26 @@ class MQFormer(nn.Module):
 
     def look(self, image_tokens_BLD: Tensor, local: LocalFeatures) -> Memory:
         """Project keys and values of a batch of pictures, once for all objectives."""
-        tokens: dict[str, tuple[Tensor, Tensor | None]] = {}
+        sources: dict[str, Source] = {}
         if "visual" in self.counts:
-            normalised = self.image_norm(image_tokens_BLD.to(self.image_norm.weight.dtype))
-            tokens["visual"] = (normalised, None)
+            norm = self.image_norm
+            x_BLD = image_tokens_BLD.to(norm.weight.dtype)
+            sources["visual"] = Source(F.layer_norm(x_BLD, norm.normalized_shape, eps=norm.eps), affine=norm)
         if "grounding" in self.counts:
-            tokens["grounding"] = self._local(local)
-        return Memory(tuple(layer.remember(tokens) for layer in self._layers), len(image_tokens_BLD))
+            sources["grounding"] = self._local(local)
+        return Memory(tuple(layer.remember(sources) for layer in self._layers), len(image_tokens_BLD))
 
     def look_again(self, memory: Memory, local: LocalFeatures) -> Memory:
         """The same pictures with other local features; what was projected of the image stays."""
         if "grounding" not in self.counts:
             return memory
-        tokens: dict[str, tuple[Tensor, Tensor | None]] = {"grounding": self._local(local)}
-        layers = (seen | layer.remember(tokens) for layer, seen in zip(self._layers, memory.layers, strict=True))
+        sources = {"grounding": self._local(local)}
+        layers = (seen | layer.remember(sources) for layer, seen in zip(self._layers, memory.layers, strict=True))
         return Memory(tuple(layers), memory.pictures)
 
-    def _local(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
+    def _local(self, local: LocalFeatures) -> Source:
         local_BLD, mask_BL = self.local_tokens(local)
-        return local_BLD, mask_BL[:, None, None, :]
+        return Source(local_BLD, mask_BL[:, None, None, :])
 
     @property
     def _layers(self) -> list[Layer]:

@@ -96,8 +96,8 @@ class Objectives(nn.Module):
             query_bQD = self.mq_former.encode_queries(looked.memory, cross_query=False).query_PQD
         return (
             self.mq_former.image_projection(query_bQD),
-            self._encode_text(batch.caption_rows[batch.own]),
-            self._encode_text(batch.spatial_rows[batch.own]),
+            self.encode_text(batch.caption_rows[batch.own]),
+            self.encode_text(batch.spatial_rows[batch.own]),
         )
 
     def _both_ways(
@@ -109,7 +109,7 @@ class Objectives(nn.Module):
             return image_to_text_bB, image_to_text_bB.T
         return image_to_text_bB, losses.query_text_similarity(query_BQC, text_bC).T
 
-    def _encode_text(self, rows: list[list[int]]) -> Tensor:
+    def encode_text(self, rows: list[list[int]]) -> Tensor:
         """text_bC: projected [CLS] of each text."""
         t = self.tokenizer
         ids_bT, mask_bT = map(self._to, t.pad_rows([[t.cls, *row, t.sep] for row in rows]))
