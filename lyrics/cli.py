@@ -185,11 +185,7 @@ def ask(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Answer questions about a picture by the champion, else the candidate, else the local model; one a line."""
-    from lyrics.errors import InputError
-
-    if not image.is_file():  # before the model is imported, which takes seconds
-        found = "is a folder" if image.is_dir() else "does not exist"
-        raise InputError(f"{image} {found}; give the path of a JPEG, PNG or WebP picture")
+    _check_picture(image)
     from lyrics.inference import ask as answer
     from lyrics.model.language import Decoding
 
@@ -197,6 +193,31 @@ def ask(
     said = answer(image, questions, boxes, max_new_tokens, decoding)
     print(*said.answers, sep="\n")
     print(f"({said.source})", file=sys.stderr)
+
+
+@app.command(rich_help_panel=USE)
+def attend(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What you want to know about it.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("attend.html"),
+    answer: Annotated[str | None, typer.Option(help="Explain this answer in place of the model's own.")] = None,
+) -> None:
+    """Show where the queries look and which objects the answer leaned on, as one HTML page."""
+    _check_picture(image)
+    from lyrics.attend import attend as examine
+
+    said = examine(image, question, out, answer)
+    print(said.own_answer)
+    print(f"({said.source}; {out})", file=sys.stderr)
+
+
+def _check_picture(image: Path) -> None:
+    """Before the model is imported, which takes seconds."""
+    from lyrics.errors import InputError
+
+    if not image.is_file():
+        found = "is a folder" if image.is_dir() else "does not exist"
+        raise InputError(f"{image} {found}; give the path of a JPEG, PNG or WebP picture")
 
 
 @app.command(name="evaluate-full", rich_help_panel=USE)

@@ -123,6 +123,12 @@ class PromptTemplate:
                 told = self._up_to_end(asked, messages, spatial_text)
         return Conversation(before, ids, tuple(spans))
 
+    def render(self, instruction: str, spatial_text: str) -> tuple[str, str]:
+        """The prompt of one question as text, before and after the query tokens."""
+        text = self._render([{"role": "user", "content": instruction}], spatial_text, add_generation_prompt=True)
+        before, after = text.split(IMAGE, 1)
+        return before, after
+
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token: the span that carries the loss."""
         return [*self._ids(text), self.end]
