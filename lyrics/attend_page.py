@@ -7,6 +7,7 @@ layers.
 import base64
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Row:
     name: str
     cells: list[Cell]
     colour: str | None = None
+    total: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,8 @@ def verdict(examination: Examination, names: list[str]) -> str | None:
     first = int(np.argmax(drops))
     if drops[first] < _LITTLE:
         return "Taking away any single object hardly lowers the answer's probability."
-    factor = np.exp(min(drops[first], np.log(_MOST_FOLD)))
-    times = f"more than {_MOST_FOLD}" if factor >= _MOST_FOLD else f"{factor:.1f}"
+    most = drops[first] > math.log(_MOST_FOLD)
+    times = f"more than {_MOST_FOLD}" if most else f"{math.exp(drops[first]):.1f}"
     return (
         f"The answer leaned most on {names[first]}: without it, the answer is {times} times less probable "
         f"({drops[first]:.2f} nats)."
@@ -138,7 +140,7 @@ def leaned(examination: Examination, names: list[str]) -> Table:
         leaning = examination.all_objects
         blank = [Cell(text="")] * (read + bool(looked))
         cells = [*(_drop(value) for value in leaning.drops), *blank, Cell(text=leaning.answer, words=True)]
-        rows.append(Row(name="all objects", cells=cells))
+        rows.append(Row(name="all objects", cells=cells, total=True))
     columns += ["attention to its text"] * read + ["grounding queries, last layer"] * bool(looked)
     return Table(caption="", columns=[*columns, "answer without it"], rows=rows)
 
@@ -165,7 +167,7 @@ def grounding(examination: Examination, names: list[str]) -> list[Table]:
         rows = [
             Row(name=f"query {g}", cells=[_share(share) for share in row]) for g, row in enumerate(weights_GL.tolist())
         ]
-        rows.append(Row(name="mean", cells=[_share(share) for share in weights_GL.mean(0).tolist()]))
+        rows.append(Row(name="mean", cells=[_share(share) for share in weights_GL.mean(0).tolist()], total=True))
         tables.append(Table(caption=f"Layer {layer}", columns=["nothing", *names], rows=rows))
     return tables
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lyrics.attend as attending
 from lyrics.attend import attend, examine
-from lyrics.attend_page import box_cover, object_names, render
+from lyrics.attend_page import box_cover, object_names, render, verdict
 from lyrics.errors import InputError
 from lyrics.inference import Lyrics
 from lyrics.model.attention_maps import recording
@@ -271,6 +271,21 @@ def test_queries_read_the_question_and_the_objects_apart(picture: Image.Image) -
     assert one.to_question_T.tolist() == pytest.approx(to_S[6:12].tolist())
     assert one.to_objects == pytest.approx(float(to_S[13:-1].sum()))
     assert one.to_special == pytest.approx(float(to_S[5] + to_S[12] + to_S[-1]))
+
+
+@pytest.mark.parametrize(
+    ("drops", "says"),
+    [
+        ((0.05, -3.0, 0.0), "Taking away any single object hardly lowers"),
+        ((0.1, np.log(2), 0.0), "leaned most on cup 2: without it, the answer is 2.0 times less probable (0.69 nats)"),
+        ((7.5, 0.0, 0.0), "leaned most on star 1: without it, the answer is more than 1000 times less probable"),
+    ],
+)
+def test_the_verdict_is_that_of_taking_both_away(picture: Image.Image, drops: tuple[float, ...], says: str) -> None:
+    found = examine(small(), picture, QUESTION)
+    pairs = zip(found.leanings, drops, strict=True)
+    leanings = [dataclasses.replace(one, drops=(9.0, 9.0, drop)) for one, drop in pairs]
+    assert says in verdict(dataclasses.replace(found, leanings=leanings), object_names(found))
 
 
 def test_a_box_covers_its_part_of_each_patch() -> None:

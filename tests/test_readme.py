@@ -18,7 +18,7 @@ from lyrics import cli, config, dag
 from lyrics.compose import RUN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/data.md", "docs/operations.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/attend.md", "docs/data.md", "docs/operations.md")
 # What a run makes, by its first folder; and words with a slash that are no files.
 MADE = ("build/", "data/", "models/", "reports/", "mlruns/", ".venv/", "mlflow.db", "dvc.lock", ".dvc/config.local")
 OWN = ("lyrics/", "flows/", "params/", "tests/", "docs/", ".ci/", ".dvc/")
@@ -117,7 +117,8 @@ def test_stages_experiments_and_configuration_keys_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    folder = Path(document).parent
+    links = [str(folder / link) for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     spans = [word.strip("`,:;()") for span in code(document) for word in span.split()]
     named = [word.partition(":")[0] for word in spans if word.startswith(OWN)]
     for name in [*links, *(name for name in named if not name.startswith(MADE))]:
