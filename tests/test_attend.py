@@ -164,7 +164,7 @@ def test_spans_are_the_objects_texts_and_no_others_even_if_the_question_repeats_
     question = f"is {seen.spatial_text} the cup ?"
     parts, objects = prompt_spans(lyrics.model, question, seen, 2)
     template = lyrics.model.template
-    prompt = template.prompt(question, seen.spatial_text)
+    prompt = template.conversation([question], [], seen.spatial_text)
     places = [*prompt.before, *[-1] * 5, *prompt.after]
     decoded = [template.tokenizer.decode(places[span.start : span.stop]) for span in objects]
     assert [text.replace(" ;", ";") for text in decoded] == object_texts(seen.spatial_text)
@@ -180,7 +180,7 @@ def test_shares_of_the_language_model_are_those_of_its_own_attention(picture: Im
     lyrics = small()
     seen = lyrics.see([picture])[0]
     parts, objects = prompt_spans(lyrics.model, QUESTION, seen, 2)
-    after = lyrics.model.template.prompt(QUESTION, seen.spatial_text).after
+    after = lyrics.model.template.conversation([QUESTION], [], seen.spatial_text).after
     rest = dataclasses.replace(objects[-1], start=objects[-1].stop, stop=parts[2].stop + len(after))
     shares_YMK = language_attention(lyrics.model, QUESTION, seen, [14, 7], [*parts, *objects, rest])
     torch.testing.assert_close(shares_YMK.sum(-1), torch.ones(2, 2))

@@ -80,7 +80,7 @@ def test_recording_changes_nothing_and_leaves_no_hook() -> None:
     own = mq_former("instruction", mq_former.look(image_BPD, local), IDS_BT, TEXT_BT)[0]
     with pytest.raises(RuntimeError, match="inside"), recording(mq_former):
         memory = mq_former.look(image_BPD, local)
-        assert torch.equal(mq_former("instruction", memory, text_ids_BT=IDS_BT, text_mask_BT=TEXT_BT)[0], own)
+        assert torch.equal(mq_former("instruction", memory, text_ids_PT=IDS_BT, text_mask_PT=TEXT_BT)[0], own)
         raise RuntimeError("inside")
     with hiding_objects(mq_former, torch.zeros(2, 3, dtype=torch.bool)):
         assert torch.equal(mq_former("instruction", mq_former.look(image_BPD, local), IDS_BT, TEXT_BT)[0], own)
