@@ -259,6 +259,19 @@ def promote(
 
 
 @app.command(rich_help_panel=USE)
+def plan(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="preset=…, pairs=…, hardware=…, dotted.key=value of params/")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Measure this machine, and steps where they fit.")] = False,
+) -> None:
+    """Say what a preset needs before it is run: parameters, storage, memory by strategy, time of its stages."""
+    from lyrics.plan import report
+
+    print(report.text(report.plan(settings or [], measured=measure)))
+
+
+@app.command(rich_help_panel=USE)
 def doctor() -> None:
     """Say what is missing on this machine and what to do about it."""
     from lyrics.doctor import examine

@@ -140,6 +140,11 @@ def configure(settings: Sequence[str], run: Path = RUN) -> dict[str, Any]:
     return choices
 
 
+def preview(settings: Sequence[str], run: Path = RUN) -> dict[str, Any]:
+    """What `compose` would give after `configure` with the same settings; nothing is changed."""
+    return _compose(edited(settings, run)[1], run)
+
+
 def edited(settings: Sequence[str], run: Path = RUN) -> tuple[str, dict[str, Any]]:
     """What `configure` would write, and the choices in it; nothing is changed."""
     from ruamel.yaml import YAML

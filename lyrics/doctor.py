@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,6 @@ from lyrics.errors import InputError
 LOCK = Path("requirements.lock")
 FOUNDATION = Path("models/foundation")
 GIB = 2**30
-# Peak memory and disk of a run: measured for tiny, estimated for the others from parameter counts.
-NEEDED_GIB = {"tiny": (4, 5), "laptop": (6, 8), "paper": (64, 600)}
 Level = Literal["ok", "note", "missing"]
 
 
@@ -47,11 +46,9 @@ def examine() -> int:
 
 
 def findings_for(preset: str) -> Iterator[Finding]:
-    memory, disk = NEEDED_GIB.get(preset, NEEDED_GIB["tiny"])
     yield check_python(sys.version_info[:3])
     yield check_packages(LOCK)
-    yield check_disk(shutil.disk_usage(Path.cwd()).free / GIB, disk, preset)
-    yield check_memory(psutil.virtual_memory().available / GIB, memory, preset)
+    yield from check_needs(preset)
     yield check_threads()
     yield check_java(shutil.which("java"))
     yield check_gpu(preset)
@@ -97,8 +94,21 @@ def check_packages(lock: Path) -> Finding:
     return Finding(subject="packages", level="ok", found=f"as in {lock}")
 
 
+def check_needs(preset: str) -> Iterator[Finding]:
+    """Memory and disk against what `lyrics plan` computes."""
+    try:
+        from lyrics.plan.report import needed_gib
+
+        memory, disk = needed_gib(preset)
+    except (ImportError, InputError) as error:
+        yield Finding(subject="needs", level="note", found=f"unknown: {error}", cure="install the packages first")
+        return
+    yield check_disk(shutil.disk_usage(Path.cwd()).free / GIB, math.ceil(disk), preset)
+    yield check_memory(psutil.virtual_memory().available / GIB, math.ceil(memory), preset)
+
+
 def check_disk(free_gib: float, needed_gib: float, preset: str) -> Finding:
-    found = f"{free_gib:.0f} GiB free here, {needed_gib} GiB needed for {preset}"
+    found = f"{free_gib:.0f} GiB free here, {needed_gib} GiB needed for weights and checkpoints of {preset}"
     if free_gib >= needed_gib:
         return Finding(subject="disk", level="ok", found=found)
     return Finding(subject="disk", level="missing", found=found, cure="free some, e.g. with: dvc gc --workspace")

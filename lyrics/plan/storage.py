@@ -1,0 +1,46 @@
+"""What lies on disk: raw pairs, cached features, weights and checkpoints."""
+
+import dataclasses
+
+from lyrics.config import Config
+from lyrics.plan.hardware import Assumptions
+from lyrics.plan.memory import StageCost
+from lyrics.plan.parts import Parts, size
+
+_FEATURE_BYTES = 2  # float16 shards (lyrics.refiner.features)
+_KEPT = 2  # checkpoints of a stage (lyrics.train.checkpoint)
+_LLM_BYTES, _WEIGHT_BYTES = 2, 4  # a language model is kept in bf16, all else in fp32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str
+    size_bytes: float
+    how: str
+    source: str
+
+
+def picture_bytes(config: Config, parts: Parts) -> int:
+    """Cached features of one picture: image tokens, and `max_objects` rows of each local source."""
+    sizes = parts.mq_former.config
+    local = config.refine.max_objects * (sizes.detector_width + sizes.segmenter_width)
+    return (parts.encoder.patches * parts.encoder.width + local) * _FEATURE_BYTES
+
+
+def pairs_of(config: Config, assumed: Assumptions, asked: int | None) -> int:
+    return asked or assumed.pairs or config.world.scenes.web
+
+
+def rows(config: Config, assumed: Assumptions, parts: Parts, stages: dict[str, StageCost], pairs: int) -> list[Row]:
+    each = picture_bytes(config, parts)
+    llm = sum(p.numel() for name, p in parts.llm.named_parameters() if ".lora_" not in name)
+    others = size(parts.encoder.network) + assumed.detector_parameters
+    others += size(parts.segmenter) if parts.segmenter is not None else 0
+    weights = _LLM_BYTES * llm + _WEIGHT_BYTES * others
+    trained = sum(cost.gradients + cost.optimizer for cost in stages.values())
+    return [
+        Row("raw pairs", pairs * assumed.raw_bytes_per_pair, f"{assumed.raw_bytes_per_pair:,} B a pair", "assumed"),
+        Row("cached features", pairs * each, f"{each:,} B a picture, float16", "computed"),
+        Row("weights of frozen parts", weights, "bf16 language model, fp32 others", "computed"),
+        Row("checkpoints and models", trained * _KEPT, f"weights and optimizer, {_KEPT} kept", "computed"),
+    ]
