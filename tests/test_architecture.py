@@ -22,6 +22,7 @@ ALLOWED = {
     "refiner": {"foundation", "data", "model"},
     "train": {"data", "refiner", "foundation", "model"},
     "evaluate": {"data", "refiner", "foundation", "model", "train", "inference", "drawing"},
+    "plan": {"refiner", "foundation", "model", "train"},
     "track": set(),
 }
 # Boxes and tags as text: prompts and the refiner share the format, and it imports nothing itself.

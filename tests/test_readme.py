@@ -18,7 +18,15 @@ from lyrics import cli, config, dag
 from lyrics.compose import RUN
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/attend.md", "docs/data.md", "docs/operations.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/attend.md",
+    "docs/benchmarks.md",
+    "docs/data.md",
+    "docs/operations.md",
+    "docs/plan.md",
+)
 # What a run makes, by its first folder; and words with a slash that are no files.
 MADE = ("build/", "data/", "models/", "reports/", "mlruns/", ".venv/", "mlflow.db", "dvc.lock", ".dvc/config.local")
 OWN = ("lyrics/", "flows/", "params/", "tests/", "docs/", ".ci/", ".dvc/")

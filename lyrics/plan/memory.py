@@ -68,15 +68,14 @@ def meter(stage: str, config: Config, assumed: Assumptions, hardware: Hardware) 
         trainee = take(config, built, steps.shapes(config, assumed, built.encoder.patches, batch))
         operations, most = [], 0
         for kind, share in enumerate(trainee.shares):
-            before = counted.live
+            before, earlier = counted.live, _bytes(_gradients(trainee.module))
             counted.forget()
             loss = trainee.loss(kind)
             forward = counted.peak - before
             loss.backward()
             del loss
-            most = max(most, forward, counted.peak - before - _bytes(_gradients(trainee.module)))
+            most = max(most, forward, counted.peak - before + earlier - _bytes(_gradients(trainee.module)))
             operations.append((share, list(counted.operations)))
-            trainee.module.zero_grad(set_to_none=kind + 1 < len(trainee.shares))
         counted.forget()
         before = counted.live
         for one in trainee.optimizers:

@@ -118,10 +118,10 @@ def _memory(found: Plan) -> str:
             peak = _gib(found.rehearsed[verb].peak_bytes)
             rows.append([verb, "measured steps", str(cost.batch), "", "", "", "", "", peak, ""])
     heads = ["stage", "strategy", "batch", "weights", "gradients", "optimizer", "activations", "runtime", "all", "fits"]
+    most, factor = f"{found.hardware.memory_gib:,.0f} GiB", found.hardware.allocator_factor
     note = (
-        f"batch: of one device; fits: the largest batch that {found.hardware.memory_gib:,.0f} GiB hold. Sizes of tensors\n"
-        f"are computed; runtime, and {found.hardware.allocator_factor:g} times activations for their allocation, are "
-        "those of params/hardware."
+        f"batch: of a device; fits: the largest batch that {most} hold. Tensors are computed;\n"
+        f"runtime, and {factor:g} times activations for their allocation, are of params/hardware."
     )
     return _table("Memory of one device, GiB", heads, rows) + "\n" + note
 

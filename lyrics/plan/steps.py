@@ -1,5 +1,5 @@
 """One training step of each stage on tensors of the planned shapes: the modules and losses that the stages use, with
-texts of given lengths in place of a tokenizer's. tests/plan holds its products against those of the stages' own steps.
+texts of given lengths in place of a tokenizer's. tests/test_plan.py compares its products with the stage's own.
 
 Shapes: B pictures, T text tokens, S sequence, N objects, Q queries, M asked tokens.
 """

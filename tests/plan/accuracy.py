@@ -13,7 +13,7 @@ from pathlib import Path
 
 import real_project
 
-from lyrics.foundation.fit import ORDER
+from lyrics.cli import PARTS
 from lyrics.plan import report
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def refined(folder: Path) -> Path:
     project = real_project.copy(folder)
     project("lyrics", "compose")
     project("lyrics", "ingest")
-    for part in ORDER:
+    for part in PARTS:
         project("lyrics", "foundation", part)
     for verb in ("clean", "refine"):
         project("lyrics", verb)

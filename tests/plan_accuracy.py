@@ -1,0 +1,78 @@
+"""`python -m tests.plan_accuracy`: what the plan predicts of tiny beside short real runs of its training stages.
+
+It reads what `make run until=refine` has made in the project, and works in a folder of its own.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lyrics.plan import report
+
+ROOT = Path(__file__).parents[1]
+READ = ("params", "lyrics", "data/refined", "models/foundation", "build/config.yaml")
+STEPS = 20
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    verb: str
+    what: str
+    predicted: float
+    real: float
+
+    @property
+    def off(self) -> float:
+        return self.predicted / self.real - 1
+
+
+def lend(project: Path, folder: Path) -> Path:
+    """A folder that shows what the stages read of a project; they write into it."""
+    for name in READ:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to((project / name).resolve())
+    return folder
+
+
+def rows(project: Path) -> list[Row]:
+    """Real steps before and after the measured plan, since what else the machine does changes by the minute."""
+    before = {verb: _real(project, verb) for verb in ("pretrain", "finetune")}
+    plan = report.plan(["preset=tiny"], measured=True, run=project / "params/run.yaml")
+    after = {verb: _real(project, verb) for verb in ("pretrain", "finetune")}
+    found = []
+    for verb, first in before.items():
+        seconds = (first["seconds_per_step"] + after[verb]["seconds_per_step"]) / 2
+        peak = max(first["peak_bytes"], after[verb]["peak_bytes"]) / GIB
+        computed = min(use.total for use in report.uses(plan, verb)) / GIB
+        by_rates = plan.stages[verb].seconds(plan.hardware)
+        found += [
+            Row(verb, "seconds a step, by measured steps", plan.seconds_per_step(verb)[0], seconds),
+            Row(verb, "seconds a step, by measured rates alone", by_rates, seconds),
+            Row(verb, "peak memory in GiB, by measured steps", plan.peak_bytes(verb) / GIB, peak),
+            Row(verb, "peak memory in GiB, computed", computed, peak),
+        ]
+    return found
+
+
+def table(found: list[Row]) -> str:
+    lines = ["| stage | what | predicted | real | off |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| `{r.verb}` | {r.what} | {r.predicted:.3g} | {r.real:.3g} | {r.off:+.0%} |" for r in found]
+    return "\n".join(lines)
+
+
+def _real(project: Path, verb: str) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    command = [sys.executable, str(Path(__file__).with_name("plan_probe.py")), verb, str(STEPS)]
+    ran = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        print(table(rows(lend(Path(sys.argv[1] if len(sys.argv) > 1 else "."), Path(scratch)))))

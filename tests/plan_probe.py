@@ -1,0 +1,57 @@
+"""`python probe.py VERB STEPS` in a project's folder: a training stage for some steps; its step time and peak memory.
+
+Prints one line of JSON. The mix of kinds of steps is that of the whole stage.
+"""
+
+import dataclasses
+import importlib
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+STAGES = {"pretrain": "stage1", "finetune": "stage2"}
+WARM_UP = 2
+
+
+class Clock:
+    """A tracker that only notes when a step was logged."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        if any(name.endswith("samples_per_second") for name in metrics):
+            self.at.append(time.perf_counter())
+
+    def log_params(self, params: dict) -> None: ...
+
+    def log_artifact(self, path: Path) -> None: ...
+
+
+def main(verb: str, steps: int) -> None:
+    from lyrics import config as schema
+
+    stage = STAGES[verb]
+    config = schema.load()
+    settings = getattr(config, stage)
+    changes = {"steps": steps, "log_every": 1, "checkpoint_every": steps + 1}
+    if stage == "stage2":
+        changes["caption_steps"] = round(settings.caption_steps / settings.steps * steps)
+    config = dataclasses.replace(config, **{stage: dataclasses.replace(settings, **changes)})
+    work, clock = Path("build/probe") / stage, Clock()
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "out").mkdir(parents=True)
+    importlib.import_module(f"lyrics.train.{stage}").run(config, work, clock)
+    if stage == "stage1":
+        shutil.rmtree("models/stage1", ignore_errors=True)
+        shutil.copytree(work / "out", "models/stage1")
+    seconds = (clock.at[-1] - clock.at[WARM_UP - 1]) / (len(clock.at) - WARM_UP)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"seconds_per_step": seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
