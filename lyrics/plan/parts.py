@@ -23,12 +23,12 @@ from lyrics.config import ClipPart, Config, LlmPart, SegmenterPart
 from lyrics.errors import InputError
 from lyrics.foundation import sam, segmenter
 from lyrics.model.language import add_lora
-from lyrics.model.lyrics import STAGE1_HEADS
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
 from lyrics.model.vision import timm_network
 from lyrics.plan.hardware import Assumptions
 
+_HEADS = ("text_head", "image_projection", "text_projection", "matching_head", "temperature")  # stage 1's
 _LLAMAS = {  # what their config.json says beside width, layers and heads
     "lmsys/vicuna-13b-v1.5": {
         "intermediate_size": 13824,
@@ -211,7 +211,7 @@ _MQ_FORMER = {
 def kind_of(name: str) -> str:
     """Which row of the table an MQ-Former parameter belongs to, by its name."""
     first = name.split(".")[0]
-    if first in STAGE1_HEADS:
+    if first in _HEADS:
         return "heads"
     if first in ("grounding_queries", "local_tokens") or ".key.grounding." in name or ".value.grounding." in name:
         return "grounding"

@@ -6,7 +6,6 @@ Shapes: B pictures, T text tokens, S sequence, N objects, Q queries, M asked tok
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from lyrics import numerics, optimizer
 from lyrics.config import Config, Optimizer
+from lyrics.model.attention import Lanes, Memory
 from lyrics.model.local_tokens import LocalFeatures
-from lyrics.model.lyrics import STAGE1_HEADS
-from lyrics.model.mq_former import MQFormer
+from lyrics.model.mq_former import EncodedQueries, MQFormer
 from lyrics.plan.hardware import Assumptions
 from lyrics.plan.parts import Parts
 from lyrics.train import losses
+from lyrics.train.trainable import train_only
 
 CPU = torch.device("cpu")
 
@@ -96,47 +96,49 @@ def stage1(config: Config, parts: Parts, s: Shapes) -> Trainee:
     image_BPD, local = _seen(mq_former, s)
     captions, spatials, both = s.caption + 2, s.spatial + 2, s.caption + s.spatial + 3
     both = min(both, config.mq_former.max_text_tokens)
-    rows_R = torch.arange(3 * s.batch) % s.batch
+    pairs = 3 * s.batch
     same_BB = torch.eye(s.batch, dtype=torch.bool)
-    matched_R = torch.arange(3 * s.batch) < s.batch
+    matched_P = torch.arange(pairs) < s.batch
 
     def text(length: int) -> Tensor:
-        _, text_BTD = mq_former("contrastive", None, *_text(s.batch, length))
-        return mq_former.text_projection(text_BTD[:, 0])
+        _, cls_B1D = mq_former("contrastive", None, *_text(s.batch, length), wanted="cls")
+        return mq_former.text_projection(cls_B1D[:, 0])
 
-    def align(memory: Any) -> list[Tensor]:
-        query_BQD, _ = mq_former("contrastive", memory, cross_query=settings.itc_cross_query)
-        visual_BVC, grounding_BGC = mq_former.split_queries(mq_former.image_projection(query_BQD))
-        pairs = ((visual_BVC, captions), (grounding_BGC, spatials))
-        itc = [
-            losses.contrastive_loss(
-                losses.query_text_similarity(queries_BQC, text(length)),
-                mq_former.temperature,
-                same_BB,
-                settings.label_smoothing,
+    def align(memory: Memory, encoded: EncodedQueries) -> list[Tensor]:
+        visual_BVC, grounding_BGC = mq_former.split_queries(mq_former.image_projection(encoded.query_PQD))
+        itc = []
+        for queries_BQC, length in ((visual_BVC, captions), (grounding_BGC, spatials)):
+            similarity_BB = losses.query_text_similarity(queries_BQC, text(length))
+            itc.append(
+                losses.contrastive_loss(
+                    similarity_BB, similarity_BB.T, mq_former.temperature, same_BB, settings.label_smoothing
+                )
             )
-            for queries_BQC, length in pairs
-        ]
-        query_RQD, _ = mq_former("matching", memory.index(rows_R), *_text(3 * s.batch, both))
-        return [*itc, losses.matching_loss(mq_former.matching_head(query_RQD).mean(1), matched_R)]
+        rows = Memory(memory.layers, memory.pictures, Lanes(torch.arange(pairs), pairs // s.batch))
+        query_PQD, _ = mq_former("matching", rows, *_text(pairs, both), wanted="queries")
+        return [*itc, losses.matching_loss(mq_former.matching_head(query_PQD).mean(1), matched_P)]
 
-    def generate(memory: Any) -> list[Tensor]:
+    def generate(memory: Memory, encoded: EncodedQueries) -> list[Tensor]:
         ids_BT, mask_BT = _text(s.batch, captions)
-        _, text_BTD = mq_former("captioning", memory, ids_BT, mask_BT)
-        icg = losses.causal_token_loss(mq_former.text_logits(text_BTD), ids_BT)
+        _, text_BTD = mq_former("captioning", memory, ids_BT, mask_BT, encoded=encoded)
+        icg = losses.token_loss(
+            mq_former.text_logits(text_BTD[:, :-1].flatten(0, 1)), torch.zeros(s.batch * (captions - 1)).long()
+        )
         hidden_BN = torch.zeros(s.batch, s.objects, dtype=torch.bool)
         hiding = dataclasses.replace(local, hidden_tag_BN=hidden_BN, hidden_box_BN=hidden_BN)
-        _, text_BTD = mq_former("masked_spatial", mq_former.look(image_BPD, hiding), *_text(s.batch, spatials))
+        again = mq_former.look_again(memory, hiding)
+        _, text_BTD = mq_former("masked_spatial", again, *_text(s.batch, spatials), wanted="text")
         asked_MD = text_BTD[:, : s.masked].flatten(0, 1)
         labels_M = torch.zeros(len(asked_MD), dtype=torch.long)
-        return [icg, F.cross_entropy(mq_former.text_logits(asked_MD).float(), labels_M)]
+        return [icg, losses.token_loss(mq_former.text_logits(asked_MD), labels_M)]
 
     def loss(kind: int) -> Tensor:
         with numerics.autocast(CPU, settings.precision):
             memory = mq_former.look(image_BPD, local)
+            encoded = mq_former.encode_queries(memory)
             if settings.objectives == "alternate":
-                return torch.stack((align, generate)[kind](memory)).sum()
-            return torch.stack([*align(memory), *generate(memory)]).sum()
+                return torch.stack([x.sum() for x in (align, generate)[kind](memory, encoded)]).sum()
+            return torch.stack([x.sum() for x in (*align(memory, encoded), *generate(memory, encoded))]).sum()
 
     optimizers = _optimizers(mq_former, settings.optimizer, lambda _: settings.optimizer.lr)
     shares = (0.5, 0.5) if settings.objectives == "alternate" else (1.0,)
@@ -146,10 +148,8 @@ def stage1(config: Config, parts: Parts, s: Shapes) -> Trainee:
 def stage2(config: Config, parts: Parts, s: Shapes) -> Trainee:
     """`finetune`: MQ-Former without its heads, projection and adapter."""
     mq_former, projection, llm, settings = parts.mq_former, parts.projection, parts.llm, config.stage2
-    for name, parameter in mq_former.named_parameters():
-        if name.split(".")[0] in STAGE1_HEADS:
-            parameter.requires_grad_(False)
     module = nn.ModuleDict({"mq_former": mq_former, "projection": projection, "llm": llm}).train()
+    train_only(module, settings.trainable, "stage2.trainable")
     base = llm.get_base_model()
     image_BPD, local = _seen(mq_former, s)
     queries = config.mq_former.visual_queries + config.mq_former.grounding_queries
@@ -164,7 +164,7 @@ def stage2(config: Config, parts: Parts, s: Shapes) -> Trainee:
         places_BS1 = (torch.arange(sequence) < queries).expand(s.batch, -1).unsqueeze(-1)
         with numerics.autocast(CPU, settings.precision):
             memory = mq_former.look(image_BPD, local)
-            query_BQD = mq_former("instruction", memory, *_text(s.batch, s.instruction))[0]
+            query_BQD = mq_former("instruction", memory, *_text(s.batch, s.instruction), wanted="queries")[0]
             embedded_BSE = base.get_input_embeddings()(torch.zeros(s.batch, sequence, dtype=torch.long))
             tokens_BQE = projection(query_BQD).to(embedded_BSE.dtype)
             inputs_BSE = embedded_BSE.masked_scatter(places_BS1, tokens_BQE)
