@@ -226,7 +226,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 def has_sentence(error: BaseException) -> bool:
     """Whether the sentence of `verdict` is enough, so that nobody needs a traceback."""
-    known = isinstance(error, KeyboardInterrupt | InputError | RetryableError)
+    known = isinstance(error, KeyboardInterrupt | InputError | RetryableError | FloatingPointError)
     return known or is_full_disk(error) or is_forbidden(error)
 
 

@@ -135,6 +135,7 @@ def test_an_input_that_is_absent_is_named(composed: Project) -> None:
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a.jpg"), 2),
         (OSError("12000 requested and 9936 written"), 1),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1),
+        (FloatingPointError("stage1 stopped before step 7"), 1),
     ],
 )
 def test_failures_that_users_can_mend_show_no_traceback(

@@ -186,8 +186,11 @@ def test_features_that_are_not_finite_stop_it_before_the_step(
     before = io.sha256_tree(tmp_path / OUTS["pretrain"])
     life = project(4, "poison")
     assert life.code == 1 and 4 <= life.steps[-1] < STEPS
-    (sentence,) = [line for line in life.said.splitlines() if line.startswith("FloatingPointError: ")]
-    assert sentence.startswith(f"FloatingPointError: {NAMES[verb]} stopped before step {life.steps[-1]}, with loss nan")
+    (sentence,) = [line for line in life.said.splitlines() if line.startswith("lyrics: FloatingPointError: ")]
+    assert "Traceback" not in life.said
+    assert sentence.startswith(
+        f"lyrics: FloatingPointError: {NAMES[verb]} stopped before step {life.steps[-1]}, with loss nan"
+    )
     named = sentence.partition("the features of ")[2].partition(" are not finite")[0].split(", ")
     assert named and all(name == "instruct-5" or name.startswith("instruct-5-") for name in named)
     assert project.checkpoints()[-1].name[:8] == f"{life.steps[-1] // EVERY * EVERY:08d}"
