@@ -127,7 +127,7 @@ def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     folder = Path(document).parent
     links = [str(folder / link) for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    spans = [word.strip("`,:;()") for span in code(document) for word in span.split()]
+    spans = [word.strip("`,:;()").rstrip(".") for span in code(document) for word in span.split()]
     named = [word.partition(":")[0] for word in spans if word.startswith(OWN)]
     for name in [*links, *(name for name in named if not name.startswith(MADE))]:
         assert list(ROOT.glob(name)), name
