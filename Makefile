@@ -31,7 +31,7 @@ run: $(READY) ## raw data to a registered model; again: only what changed
 	@python -m flows.end_to_end $(chosen) $(overrides)
 
 test: $(READY) ## all tests but the long ones
-	@python -m pytest -m "not soak"
+	@OMP_NUM_THREADS=1 python -m pytest -m "not soak" -n logical --maxprocesses 8 --dist loadfile
 
 soak: $(READY) ## the long tests
 	@python -m pytest -m soak --timeout 7200
