@@ -7,6 +7,7 @@ T text tokens, Q queries, D width, C contrastive width, V vocabulary.
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lyrics.train.devices import Ranks
 from lyrics.train.stage1_batches import Stage1Batch
 
 ALONE = Ranks()
+MATCHING_PARTS = 3  # pairs of like length are padded together
 GROUPS = ("align", "generate")
 
 
@@ -121,7 +123,8 @@ class Objectives(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits_P2 and matched_P: each pair, its picture with a hard negative caption, its caption with a picture.
 
-        A rank computes the pairs of its own pictures, whose captions may be another rank's: ids travel, pictures don't.
+        They come by the lengths of their texts. A rank computes the pairs of its own pictures, whose captions may
+        be another rank's: ids travel, pictures don't.
         """
         own = batch.own
         same_bB, uniform_b2 = self._to(batch.same_caption_BB[own]), self._to(batch.uniform_B2[own])
@@ -137,10 +140,17 @@ class Objectives(nn.Module):
         t, limit = self.tokenizer, self.mq_former.config.max_text_tokens
         pairs = zip(picture_P.tolist(), caption_P.tolist(), strict=True)
         rows = [[t.cls, *batch.caption_rows[c], t.sep, *batch.spatial_rows[p]][: limit - 1] + [t.sep] for p, c in pairs]
-        ids_PT, mask_PT = map(self._to, t.pad_rows(rows))
-        memory = looked.memory.index(self._to(picture_P - own.start))
-        query_PQD, _ = self.mq_former("matching", memory, ids_PT, mask_PT, wanted="queries")
-        return self.mq_former.matching_head(query_PQD).mean(1), self._to(picture_P == caption_P)
+        picture_P, caption_P = picture_P - own.start, caption_P - own.start
+        logits, matched = [], []
+        by_length_P = np.argsort([len(row) for row in rows], kind="stable")
+        parts = min(MATCHING_PARTS, len(rows_b))  # none is empty, and all ranks have as many: FSDP2 gathers in each
+        for part in np.array_split(by_length_P, parts):
+            ids_PT, mask_PT = map(self._to, t.pad_rows([rows[i] for i in part]))
+            memory = looked.memory.index(self._to(picture_P[part]))
+            query_PQD, _ = self.mq_former("matching", memory, ids_PT, mask_PT, wanted="queries")
+            logits.append(self.mq_former.matching_head(query_PQD).mean(1))
+            matched.append(self._to(picture_P[part] == caption_P[part]))
+        return torch.cat(logits), torch.cat(matched)
 
     def captioning(self, batch: Stage1Batch, looked: Looked) -> Tensor:
         """ICG: the caption from left to right, from the queries."""
