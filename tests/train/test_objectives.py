@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lyrics.foundation.tokenizer import load_text_tokenizer
 from lyrics.model.inputs import TextTokenizer
+from lyrics.model.mq_former import MQFormer
 from lyrics.train import losses, stage1
 from lyrics.train.objectives import Objectives
 from lyrics.train.stage1_batches import Stage1Batch, Stage1Data
@@ -185,3 +186,23 @@ def test_what_msp_asks_for_is_nowhere_in_its_input(objectives: Objectives, batch
         {"detector_BND": local.detector_BND.flip(0)},
     ):
         assert not torch.allclose(msp_logits(objectives, batch, **change), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_picture_is_projected_and_its_queries_encoded_once(
+    objectives: Objectives, batch: Stage1Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For four objectives and three pairs of each picture; only MSP projects the local tokens again, some hidden."""
+    cross = [layer.cross_attention for layer in objectives.mq_former.layers if layer.cross_attention is not None]
+    projected: list[str] = []
+    encoded: list[int] = []
+    remember, encode_queries = type(cross[0]).remember, MQFormer.encode_queries
+    monkeypatch.setattr(
+        type(cross[0]), "remember", lambda self, sources: projected.extend(sources) or remember(self, sources)
+    )
+    monkeypatch.setattr(
+        MQFormer, "encode_queries", lambda self, *a, **k: encoded.append(1) or encode_queries(self, *a, **k)
+    )
+    objectives(batch)
+    assert sorted(projected) == ["grounding"] * 2 * len(cross) + ["visual"] * len(cross)
+    assert len(encoded) == 1
