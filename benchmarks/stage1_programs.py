@@ -118,6 +118,7 @@ def random_batch(config: MQFormerConfig, tokenizer: TextTokenizer, pairs: int, p
         same_spatial_BB=torch.eye(pairs, dtype=torch.bool),
         msp_rows=[[]] * pairs,
         msp_labels=[[]] * pairs,
+        msp_in_tag=[[]] * pairs,
         hidden_tag_bN=nothing,
         hidden_box_bN=nothing,
         uniform_B2=torch.from_numpy(draw.random((pairs, 2))),

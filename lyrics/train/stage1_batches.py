@@ -27,6 +27,14 @@ class SpatialIds:
     tag_spans: list[tuple[int, int]]
     box_spans: list[tuple[int, int]]
 
+    @property
+    def in_tag(self) -> list[bool]:
+        """For each token whether it belongs to a tag."""
+        inside = [False] * len(self.ids)
+        for start, end in self.tag_spans:
+            inside[start:end] = [True] * (end - start)
+        return inside
+
 
 def spatial_ids(image: RefinedImage, tokenizer: TextTokenizer, coordinate_format: CoordinateFormat) -> SpatialIds:
     """Tokenise object by object, so that each piece's place is known."""
@@ -65,6 +73,7 @@ class Stage1Batch:
         ids: of the b.
         caption_rows, spatial_rows: B lists of token ids without special tokens.
         same_caption_BB, same_spatial_BB: pairs that share a picture or the text.
+        msp_rows, msp_labels, msp_in_tag: of the b: ids with [MASK], hidden ids (else IGNORED), tokens that are of tags.
         totals: by loss, over how many terms it is the mean.
     """
 
@@ -77,6 +86,7 @@ class Stage1Batch:
     same_spatial_BB: Tensor
     msp_rows: list[list[int]]
     msp_labels: list[list[int]]
+    msp_in_tag: list[list[bool]]
     hidden_tag_bN: Tensor
     hidden_box_bN: Tensor
     uniform_B2: Tensor
@@ -130,6 +140,7 @@ class Stage1Data:
             same_spatial_BB=same_image_BB | _equal([i.spatial_text for i in images]),
             msp_rows=[m.ids for m in masked[own]],
             msp_labels=[m.labels for m in masked[own]],
+            msp_in_tag=[s.in_tag for s in spatial[own]],
             hidden_tag_bN=torch.from_numpy(hidden_bN2[..., 0].copy()),
             hidden_box_bN=torch.from_numpy(hidden_bN2[..., 1].copy()),
             uniform_B2=torch.from_numpy(np.stack([d.random(2) for d in draws])),

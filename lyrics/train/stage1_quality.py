@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lyrics.config import Config
 from lyrics.model.inputs import TextTokenizer
-from lyrics.train.losses import query_text_similarity
+from lyrics.train.losses import IGNORED, query_text_similarity
 from lyrics.train.objectives import Objectives
 from lyrics.train.stage1_batches import Stage1Batch
 
@@ -26,7 +26,8 @@ def measure(objectives: Objectives, config: Config, tokenizer: TextTokenizer) ->
     if count < 2:
         return {}
     batches = [data.batch(list(range(i, min(i + 50, count))), step=0) for i in range(0, count, 50)]
-    visual, text, matched, tokens, other = [], [], [], [], []
+    visual, text, matched = [], [], []
+    predicted: dict[str, list[Tensor]] = {}
     for batch in batches:
         looked = objectives.look(batch)
         query_BQC, caption_BC, _ = objectives.contrastive_features(batch, looked)
@@ -36,14 +37,12 @@ def measure(objectives: Objectives, config: Config, tokenizer: TextTokenizer) ->
             similarity_BB = query_text_similarity(visual[-1], caption_BC)
             logits_P2, matched_P = objectives.matching_logits(batch, looked, similarity_BB, similarity_BB.T)
             matched.append((logits_P2.argmax(-1) == matched_P.long()).float())
-        tokens.append(_right(objectives, batch))
-        other.append(_right(objectives, _of_other_pictures(batch)))
+        for suffix, seen in (("", batch), ("_other_image", _of_other_pictures(batch))):
+            for part, right_M in _masked_spatial(objectives, seen).items():
+                predicted.setdefault(f"msp_{part}accuracy{suffix}", []).append(right_M)
     found = _retrieval(query_text_similarity(torch.cat(visual), torch.cat(text)))
     found["itm_accuracy"] = float(torch.cat(matched).mean())
-    if sum(map(len, tokens)):
-        found["msp_accuracy"] = float(torch.cat(tokens).mean())
-        found["msp_accuracy_other_image"] = float(torch.cat(other).mean())
-    return found
+    return found | {name: float(torch.cat(right).mean()) for name, right in predicted.items() if sum(map(len, right))}
 
 
 def _retrieval(similarity_BB: Tensor) -> dict[str, float]:
@@ -54,9 +53,22 @@ def _retrieval(similarity_BB: Tensor) -> dict[str, float]:
     return found
 
 
-def _right(objectives: Objectives, batch: Stage1Batch) -> Tensor:
+def _masked_spatial(objectives: Objectives, batch: Stage1Batch) -> dict[str, Tensor]:
+    """Which hidden tokens are predicted right (1 or 0): of all, of tags, of boxes."""
     logits_MV, labels_M = objectives.masked_spatial_logits(batch, objectives.look(batch))
-    return (logits_MV.argmax(-1) == labels_M).float()
+    right_M = (logits_MV.argmax(-1) == labels_M).float()
+    kept = objectives.mq_former.config.max_text_tokens - 2
+    in_tag_M = torch.tensor(
+        [
+            inside
+            for labels, in_tag in zip(batch.msp_labels, batch.msp_in_tag, strict=True)
+            for label, inside in zip(labels[:kept], in_tag, strict=False)
+            if label != IGNORED
+        ],
+        dtype=torch.bool,
+        device=right_M.device,
+    )
+    return {"": right_M, "tag_": right_M[in_tag_M], "box_": right_M[~in_tag_M]}
 
 
 def _of_other_pictures(batch: Stage1Batch) -> Stage1Batch:
