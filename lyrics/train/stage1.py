@@ -1,6 +1,7 @@
 """Stage 1, representation alignment: MQ-Former learns from frozen encoder and refiner (paper section 3)."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from lyrics.train.trainable import train_only
 
 FOUNDATION, REFINED, STAGE1 = Path("models/foundation"), Path("data/refined"), Path("models/stage1")
 TRAIN_SPLITS = ("web", "instruct")
+log = logging.getLogger(__name__)
 
 
 def mq_former_config(config: Config, tokenizer: TextTokenizer, widths: dict[str, int]) -> MQFormerConfig:
@@ -98,6 +100,10 @@ def train(
         mq_former, tokenizer, itc_cross_query=settings.itc_cross_query, smoothing=settings.label_smoothing, ranks=ranks
     )
     train_only(mq_former, settings.trainable, "stage1.trainable")
+    levels = _levels(config, mq_former.config.vocabulary_size)
+    if ranks.first:
+        log.info("chance: %s; floor: %s", *({k: round(v, 4) for k, v in level.items()} for level in levels.values()))
+        tracker.log_params(levels)
     model = devices.prepare(objectives, list(mq_former.layers), ranks, settings.strategy, device)
     optimizers = optimizer.build(
         mq_former,
@@ -115,11 +121,11 @@ def train(
         totals = {name: sum(batch.totals[name] for batch in batches) for name in batches[0].totals}
         for batch in batches:
 
-            def losses(batch: Stage1Batch = batch) -> dict[str, Tensor]:
+            def losses_of(batch: Stage1Batch = batch) -> dict[str, Tensor]:
                 with numerics.autocast(device, settings.precision):
                     return model(batch, groups, totals)
 
-            yield MicroBatch(losses, batch.ids, last=batch is batches[-1])
+            yield MicroBatch(losses_of, batch.ids, last=batch is batches[-1])
 
     def not_finite_at(step: int) -> list[str]:
         pairs = [data.pairs[i] for i in loop.batches(config.seed, len(data), batch_size, step)]
@@ -161,26 +167,28 @@ def stage1_data(config: Config, tokenizer: TextTokenizer, splits: Sequence[Refin
     )
 
 
+def _levels(config: Config, vocabulary_size: int) -> dict[str, dict[str, float]]:
+    """What each loss is where nothing was learned, and what is left of it where everything was."""
+    pairs = config.stage1.batch_size // config.stage1.accumulate
+    itc = ("stage1/itc_loss", "stage1/itc_spatial_loss")
+    return {
+        "chance": {
+            **dict.fromkeys(itc, math.log(pairs)),
+            "stage1/itm_loss": losses.MATCHING_CHANCE,
+            **dict.fromkeys(("stage1/icg_loss", "stage1/msp_loss"), math.log(vocabulary_size)),
+        },
+        "floor": dict.fromkeys(itc, losses.contrastive_floor(pairs, config.stage1.label_smoothing)),
+    }
+
+
 def _save(out: Path, mq_former: MQFormer, config: Config, history: list[dict[str, float]], tracker: Tracker) -> None:
     from lyrics.train.stage1_quality import measure
 
     save_mq_former(out, mq_former)
     loop.write_history(out / "history.jsonl", history)
-    batch_size = config.stage1.batch_size // config.stage1.accumulate
-    vocabulary = math.log(mq_former.config.vocabulary_size)
     io.write_json(
         out / "config.json",
-        {
-            "mq_former": dataclasses.asdict(mq_former.config),
-            "chance": {
-                "stage1/itc_loss": math.log(batch_size),
-                "stage1/itc_spatial_loss": math.log(batch_size),
-                "stage1/itm_loss": losses.MATCHING_CHANCE,
-                "stage1/icg_loss": vocabulary,
-                "stage1/msp_loss": vocabulary,
-            },
-            "floor": {"stage1/itc_loss": losses.contrastive_floor(batch_size, config.stage1.label_smoothing)},
-        },
+        {"mq_former": dataclasses.asdict(mq_former.config), **_levels(config, mq_former.config.vocabulary_size)},
     )
     tokenizer = TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer"))
     objectives = Objectives(

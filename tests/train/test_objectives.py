@@ -206,3 +206,19 @@ def test_a_picture_is_projected_and_its_queries_encoded_once(
     objectives(batch)
     assert sorted(projected) == ["grounding"] * 2 * len(cross) + ["visual"] * len(cross)
     assert len(encoded) == 1
+
+
+def test_chance_and_floor_are_those_of_a_model_that_knows_nothing_and_everything() -> None:
+    levels = stage1._levels(small_project.configuration(), vocabulary_size=50)
+    assert levels["chance"] == pytest.approx(
+        {
+            "stage1/itc_loss": math.log(8),
+            "stage1/itc_spatial_loss": math.log(8),
+            "stage1/itm_loss": 0.6365,
+            "stage1/icg_loss": math.log(50),
+            "stage1/msp_loss": math.log(50),
+        },
+        abs=1e-4,
+    )
+    assert levels["floor"].keys() == {"stage1/itc_loss", "stage1/itc_spatial_loss"}
+    assert 0 < levels["floor"]["stage1/itc_loss"] < 0.6
