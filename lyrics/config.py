@@ -233,9 +233,10 @@ class Stage1:
     `processes` > 1 runs the stage under torchrun on this machine, by `strategy`: DDP, or FSDP2 (`fully_shard`).
     `trainable`: patterns of names of MQ-Former's parameters; all else is frozen. `activation_checkpointing` computes
     the layers' activations again in the backward pass, in place of keeping them.
+    `steps` may be 0: stage 2 then starts from fresh weights (the ablation without pre-training).
     """
 
-    steps: Count
+    steps: Amount
     batch_size: Count
     accumulate: Count
     processes: Count
