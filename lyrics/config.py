@@ -270,6 +270,7 @@ class Stage2:
 
     `caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
 
+    `projection_lr`, `lora_lr`: MQ-Former has that of `optimizer`.
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
     `trainable`: patterns of parameter names; all else is frozen. `packing` puts several samples into a row.
     `llm_bits`: of the frozen language model's weights; 8 and 4 by bitsandbytes, on CUDA (None: as they are, fp32).
@@ -295,6 +296,7 @@ class Stage2:
     checkpoints_kept: Count
     log_every: Count
     precision: Literal["auto", "fp32", "bf16"]
+    projection_lr: Rate
     lora_lr: Rate
     optimizer: Optimizer
 

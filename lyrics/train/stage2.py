@@ -132,10 +132,11 @@ def train(
         for block in blocks:
             block.compile(dynamic=True)
     wrapped = devices.prepare(model, blocks, ranks, settings.strategy, device).train()
+    rates = {"mq_former": settings.optimizer.lr, "projection": settings.projection_lr, "llm": settings.lora_lr}
     optimizers = optimizer.build(
         model,
         algorithm=settings.optimizer.algorithm,
-        lr_of=lambda name: settings.optimizer.lr if name.startswith("mq_former.") else settings.lora_lr,
+        lr_of=lambda name: rates[name.split(".")[0]],
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )

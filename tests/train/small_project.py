@@ -87,6 +87,7 @@ def configuration(*, steps: int = STEPS, dropout: float = 0.0, checkpoint_every:
             without_spatial=0.4,
             loss_average="samples",
             lora=Lora(rank=4, alpha=8, dropout=dropout, target_modules=("q_proj", "v_proj")),
+            projection_lr=2e-3,
             lora_lr=2e-3,
         ),
     )
