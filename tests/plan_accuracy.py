@@ -1,22 +1,24 @@
-"""`python -m tests.plan_accuracy`: what the plan predicts of tiny beside short real runs of its training stages.
+"""`python -m tests.plan_accuracy [PROJECT]`: what the plan predicts beside short real runs of the training stages.
 
-It reads what `make run until=refine` has made in the project, and works in a folder of its own.
+PROJECT (here, unless said) holds what `make run until=refine` makes; its preset is planned. Nothing is written there.
 """
 
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from lyrics.plan import report
+from lyrics import config as schema
+from lyrics.plan import measure, memory, report
+from lyrics.plan.hardware import GIB
 
 ROOT = Path(__file__).parents[1]
-READ = ("params", "lyrics", "data/refined", "models/foundation", "build/config.yaml")
-STEPS = 20
-GIB = 2**30
+READ = ("params", "data/refined", "models/foundation", "build/config.yaml")
+ROUNDS, STEPS = 3, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,40 +41,49 @@ def lend(project: Path, folder: Path) -> Path:
     return folder
 
 
-def rows(project: Path) -> list[Row]:
-    """Real steps before and after the measured plan, since what else the machine does changes by the minute."""
-    before = {verb: _real(project, verb) for verb in ("pretrain", "finetune")}
-    plan = report.plan(["preset=tiny"], measured=True, run=project / "params/run.yaml")
-    after = {verb: _real(project, verb) for verb in ("pretrain", "finetune")}
+def rows(project: Path, rounds: int = ROUNDS, steps: int = STEPS) -> list[Row]:
+    """Real steps and those of `--measure` take turns, since what else the machine does changes by the minute."""
+    config = schema.load(project / "build/config.yaml")
+    plan = report.plan([f"preset={config.preset}"], run=ROOT / "params/run.yaml")
+    here = dataclasses.replace(plan, hardware=measure.this_machine(plan.hardware))
     found = []
-    for verb, first in before.items():
-        seconds = (first["seconds_per_step"] + after[verb]["seconds_per_step"]) / 2
-        peak = max(first["peak_bytes"], after[verb]["peak_bytes"]) / GIB
-        computed = min(use.total for use in report.uses(plan, verb)) / GIB
-        by_rates = plan.stages[verb].seconds(plan.hardware)
+    for verb, stage in memory.STAGES.items():
+        real, planned = [], []
+        for _ in range(rounds):
+            real.append(_real(project, verb, steps))
+            rehearsed = measure.rehearse(stage, plan.config, plan.assumed, plan.stages[verb], here.hardware)
+            assert rehearsed is not None, f"the steps of {stage} were not measured"
+            planned.append(rehearsed)
+        seconds = statistics.median(one["seconds_per_step"] for one in real)
+        peak = max(one["peak_bytes"] for one in real) / GIB
+        computed = report.chosen(plan, verb).total / GIB
         found += [
-            Row(verb, "seconds a step, by measured steps", plan.seconds_per_step(verb)[0], seconds),
-            Row(verb, "seconds a step, by measured rates alone", by_rates, seconds),
-            Row(verb, "peak memory in GiB, by measured steps", plan.peak_bytes(verb) / GIB, peak),
-            Row(verb, "peak memory in GiB, computed", computed, peak),
+            Row(verb, "seconds a step, measured", statistics.median(one.seconds_per_step for one in planned), seconds),
+            Row(verb, "seconds a step, computed", here.stages[verb].seconds(here.hardware), seconds),
+            Row(verb, "peak GiB, measured", max(computed, max(one.peak_bytes for one in planned) / GIB), peak),
+            Row(verb, "peak GiB, computed", computed, peak),
         ]
     return found
 
 
-def table(found: list[Row]) -> str:
-    lines = ["| stage | what | predicted | real | off |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| `{r.verb}` | {r.what} | {r.predicted:.3g} | {r.real:.3g} | {r.off:+.0%} |" for r in found]
+def table(preset: str, found: list[Row]) -> str:
+    lines = ["| preset | stage | what | predicted | real | off |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| `{preset}` | `{r.verb}` | {r.what} | {r.predicted:.3g} | {r.real:.3g} | {r.off:+.0%} |" for r in found
+    ]
     return "\n".join(lines)
 
 
-def _real(project: Path, verb: str) -> dict[str, float]:
-    environment = {**os.environ, "PYTHONPATH": str(project)}
-    command = [sys.executable, str(Path(__file__).with_name("plan_probe.py")), verb, str(STEPS)]
+def _real(project: Path, verb: str, steps: int) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("plan_probe.py")), verb, str(steps)]
     ran = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
+    source = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     with tempfile.TemporaryDirectory() as scratch:
-        print(table(rows(lend(Path(sys.argv[1] if len(sys.argv) > 1 else "."), Path(scratch)))))
+        numbers = [int(one) for one in sys.argv[2:]]  # rounds, steps
+        print(table(schema.load(source / "build/config.yaml").preset, rows(lend(source, Path(scratch)), *numbers)))

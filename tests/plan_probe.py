@@ -1,4 +1,4 @@
-"""`python probe.py VERB STEPS` in a project's folder: a training stage for some steps; its step time and peak memory.
+"""`python plan_probe.py VERB STEPS` in a project's folder: a training stage for some steps; their time, peak memory.
 
 Prints one line of JSON. The mix of kinds of steps is that of the whole stage.
 """
@@ -8,12 +8,14 @@ import importlib
 import json
 import resource
 import shutil
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STAGES = {"pretrain": "stage1", "finetune": "stage2"}
-WARM_UP = 2
+WARM_UP = 1
 
 
 class Clock:
@@ -31,6 +33,14 @@ class Clock:
     def log_artifact(self, path: Path) -> None: ...
 
 
+def mean_of_medians(at: list[float], kind_of: Callable[[int], int]) -> float:
+    """Seconds a step: the median of each kind of step, as often as it comes. The first steps of each are warm-up."""
+    found: dict[int, list[float]] = {}
+    for step in range(1, len(at)):
+        found.setdefault(kind_of(step), []).append(at[step] - at[step - 1])
+    return sum(len(took) * statistics.median(took[WARM_UP:]) for took in found.values()) / (len(at) - 1)
+
+
 def main(verb: str, steps: int) -> None:
     from lyrics import config as schema
 
@@ -38,8 +48,9 @@ def main(verb: str, steps: int) -> None:
     config = schema.load()
     settings = getattr(config, stage)
     changes = {"steps": steps, "log_every": 1, "checkpoint_every": steps + 1}
+    captions = 0
     if stage == "stage2":
-        changes["caption_steps"] = round(settings.caption_steps / settings.steps * steps)
+        captions = changes["caption_steps"] = round(settings.caption_steps / settings.steps * steps)
     config = dataclasses.replace(config, **{stage: dataclasses.replace(settings, **changes)})
     work, clock = Path("build/probe") / stage, Clock()
     shutil.rmtree(work, ignore_errors=True)
@@ -48,7 +59,7 @@ def main(verb: str, steps: int) -> None:
     if stage == "stage1":
         shutil.rmtree("models/stage1", ignore_errors=True)
         shutil.copytree(work / "out", "models/stage1")
-    seconds = (clock.at[-1] - clock.at[WARM_UP - 1]) / (len(clock.at) - WARM_UP)
+    seconds = mean_of_medians(clock.at, lambda step: step < captions if stage == "stage2" else step % 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({"seconds_per_step": seconds, "peak_bytes": peak}))
 

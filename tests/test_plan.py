@@ -1,10 +1,15 @@
 """What `lyrics plan` says, against published sizes, other implementations' counts and the stages' own steps."""
 
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
@@ -12,12 +17,14 @@ from lyrics import compose
 from lyrics import config as schema
 from lyrics.config import Config
 from lyrics.errors import InputError
-from lyrics.model.inputs import TextTokenizer, VisualBatch
-from lyrics.model.local_tokens import LocalFeatures
+from lyrics.model.inputs import SeenImage, TextTokenizer
+from lyrics.model.language import Conversation
+from lyrics.model.lyrics import LyricsModel
+from lyrics.model.mq_former import MQFormerConfig
 from lyrics.plan import costs, memory, parts, report, steps, storage
 from lyrics.plan.hardware import GIB, Assumptions, Hardware, read_assumptions, read_hardware
 from lyrics.train import losses
-from lyrics.train.stage1 import Objectives
+from lyrics.train.objectives import Objectives
 from lyrics.train.stage1_batches import Stage1Batch
 
 ROOT = Path(__file__).parents[1]
@@ -83,66 +90,153 @@ def test_cached_features_take_what_a_shard_takes() -> None:
 
 
 def small(*settings: str) -> Config:
-    sizes = ["hidden_size=32", "layers=2", "heads=2", "intermediate_size=64"]
-    return config_of("tiny", *(f"mq_former.{size}" for size in sizes), "stage1.batch_size=4", *settings)
+    sizes = ["hidden_size=32", "layers=1", "heads=2", "intermediate_size=64"]
+    plain = ["stage1.precision=fp32", "stage2.precision=fp32", "stage1.batch_size=4", "stage2.batch_size=4"]
+    return config_of("tiny", "foundation.llm.layers=2", *(f"mq_former.{size}" for size in sizes), *plain, *settings)
+
+
+def products(run: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counted:
+        run().backward()
+    return counted.get_total_flops()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_products_and_activations_without_data_are_those_with_data(stage: str) -> None:
-    config = small("stage1.precision=fp32", "stage2.precision=fp32", "stage2.batch_size=4")
+def test_products_without_data_are_those_with_data(stage: str) -> None:
+    config = small(f"{stage}.accumulate=2", f"{stage}.activation_checkpointing=true")
     cost = memory.meter(stage, config, assumed("tiny"), hardware("cpu-2"))
-    built = parts.build(config, assumed("tiny"), "cpu")
-    shapes = steps.shapes(config, assumed("tiny"), built.encoder.patches, 4)
-    trainee = getattr(steps, stage)(config, built, shapes)
-    products = 0.0
-    for kind, share in enumerate(trainee.shares):
-        with FlopCounterMode(display=False) as counted:
-            trainee.loss(kind).backward()
-        products += share * counted.get_total_flops()
-    of_optimizers = costs.flops(cost.operations[-1][1])
-    assert cost.flops - of_optimizers == pytest.approx(products, rel=1e-9)
+    trainee = steps.take(stage, config, assumed("tiny"), parts.build(config, assumed("tiny"), "cpu"), 2)
+    expected = sum(
+        2 * share * products(lambda kind=kind: trainee.loss(kind)) for kind, share in enumerate(trainee.shares)
+    )
+    assert cost.flops - costs.flops(cost.optimizer_step) == pytest.approx(expected, rel=1e-9)
 
 
-def own_batch(shapes: steps.Shapes, widths: tuple[int, int, int]) -> Stage1Batch:
+class Words:
+    """A tokenizer, and a chat template, of texts that are the number of their tokens: "12" has twelve."""
+
+    pad, cls, sep, mask, dec = range(5)
+    pad_rows, visual_batch = TextTokenizer.pad_rows, TextTokenizer.visual_batch
+
+    def ids(self, text: str) -> list[int]:
+        return [7] * int(text or 0)
+
+    answer = ids
+
+    def conversation(self, questions: tuple[str], answers: tuple[str], spatial_text: str) -> Conversation:
+        before, answer = self.ids(questions[0]), self.ids(answers[0])
+        return Conversation(
+            [7], [*before, *self.ids(spatial_text), *answer], ((len(before), len(before) + len(answer)),)
+        )
+
+
+def pictures(s: steps.Shapes, sizes: MQFormerConfig) -> list[SeenImage]:
+    def features(rows: int, width: int) -> np.ndarray:
+        return np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
+
+    one = SeenImage(
+        image_tokens_PD=features(s.patches, sizes.image_width),
+        detector_tokens_ND=features(s.objects, sizes.detector_width),
+        segmenter_tokens_ND=features(s.objects, sizes.segmenter_width),
+        tags=(str(s.tag_tokens),) * s.objects,
+        boxes_xyxy_N4=np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (s.objects, 1)),
+        spatial_text=str(s.spatial),
+    )
+    return [one] * s.batch
+
+
+def own_batch(s: steps.Shapes, sizes: MQFormerConfig) -> Stage1Batch:
     """A batch of the stage's own with the planned lengths and no two pictures alike."""
-    image, detector, segmenter = widths
-    batch, objects, hidden = shapes.batch, shapes.objects, shapes.masked
-    local = LocalFeatures(
-        detector_BND=torch.randn(batch, objects, detector),
-        segmenter_BND=torch.randn(batch, objects, segmenter),
-        tag_ids_BNK=torch.ones(batch, objects, shapes.tag_tokens, dtype=torch.long),
-        boxes_BN4=torch.rand(batch, objects, 4),
-        object_mask_BN=torch.ones(batch, objects, dtype=torch.bool),
-    )
+    words: Any = Words()
+    hidden_bN = torch.zeros(s.batch, s.objects, dtype=torch.bool)
     return Stage1Batch(
+        own=slice(0, s.batch),
         ids=tuple("abcd"),
-        visual=VisualBatch(image_tokens_BPD=torch.randn(batch, shapes.patches, image), local=local),
-        caption_rows=[[7] * shapes.caption] * batch,
-        spatial_rows=[[7] * shapes.spatial] * batch,
-        same_caption_BB=torch.eye(batch, dtype=torch.bool),
-        same_spatial_BB=torch.eye(batch, dtype=torch.bool),
-        msp_rows=[[7] * shapes.spatial] * batch,
-        msp_labels=[[7] * hidden + [losses.IGNORED] * (shapes.spatial - hidden)] * batch,
-        hidden_tag_BN=torch.zeros(batch, objects, dtype=torch.bool),
-        hidden_box_BN=torch.zeros(batch, objects, dtype=torch.bool),
-        uniform_B2=torch.rand(batch, 2, dtype=torch.float64),
+        visual=words.visual_batch(pictures(s, sizes)),
+        caption_rows=[words.ids(str(s.caption))] * s.batch,
+        spatial_rows=[words.ids(str(s.spatial))] * s.batch,
+        same_caption_BB=torch.eye(s.batch, dtype=torch.bool),
+        same_spatial_BB=torch.eye(s.batch, dtype=torch.bool),
+        msp_rows=[words.ids(str(s.spatial))] * s.batch,
+        msp_labels=[[7] * s.masked + [losses.IGNORED] * (s.spatial - s.masked)] * s.batch,
+        hidden_tag_bN=hidden_bN,
+        hidden_box_bN=hidden_bN,
+        uniform_B2=torch.rand(s.batch, 2, dtype=torch.float64),
+        totals=dict.fromkeys(("itc_loss", "itc_spatial_loss", "itm_loss", "icg_loss", "msp_loss"), s.batch),
     )
 
 
-def test_a_planned_step_of_stage_1_multiplies_what_the_stage_multiplies() -> None:
-    config = small("stage1.precision=fp32", "stage1.objectives=all")
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_planned_step_of_stage_1_multiplies_what_the_stage_multiplies(checkpointing: str) -> None:
+    config = small("stage1.objectives=all", f"stage1.activation_checkpointing={checkpointing}")
     built = parts.build(config, assumed("tiny"), "cpu")
-    shapes = steps.shapes(config, assumed("tiny"), built.encoder.patches, 4)
-    sizes = built.mq_former.config
-    tokenizer = object.__new__(TextTokenizer)
-    tokenizer.pad, tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.dec = range(5)
-    stage = Objectives(built.mq_former, tokenizer, itc_cross_query=True, smoothing=0.1)
-    batch = own_batch(shapes, (sizes.image_width, sizes.detector_width, sizes.segmenter_width))
-    with FlopCounterMode(display=False) as own:
-        torch.stack(list(stage(batch, ("align", "generate")).values())).sum().backward()
-    with FlopCounterMode(display=False) as planned:
-        steps.stage1(config, built, shapes).loss(0).backward()
-    assert planned.get_total_flops() == pytest.approx(own.get_total_flops(), rel=0.02)
+    s = steps.shapes(config, assumed("tiny"), built.encoder.patches, 4)
+    planned = steps.stage1(config, built, s)
+    words: Any = Words()
+    stage = Objectives(built.mq_former, words, itc_cross_query=True, smoothing=0.1)
+    batch = own_batch(s, built.mq_former.config)
+    own = products(lambda: torch.stack(list(stage(batch, ("align", "generate")).values())).sum())
+    assert products(lambda: planned.loss(0)) == pytest.approx(own, rel=0.02)
+
+
+@pytest.mark.parametrize(("packing", "checkpointing"), [("true", "false"), ("false", "true")])
+def test_a_planned_step_of_stage_2_multiplies_what_the_stage_multiplies(packing: str, checkpointing: str) -> None:
+    switches = [f"stage2.packing={packing}", f"stage2.activation_checkpointing={checkpointing}"]
+    config = small("stage2.caption_steps=0", *switches)
+    built = parts.build(config, assumed("tiny"), "cpu")
+    s = dataclasses.replace(steps.shapes(config, assumed("tiny"), built.encoder.patches, 4), rows=4)
+    planned = steps.stage2(config, built, s)
+    words: Any = Words()
+    model = LyricsModel(
+        built.mq_former,
+        built.projection,
+        built.llm,
+        text_tokenizer=words,
+        template=words,
+        spatial_text_in_llm=True,
+        packing=config.stage2.packing,
+    )
+    asked = s.instruction - s.spatial - 2
+    told = s.prompt - config.mq_former.visual_queries - config.mq_former.grounding_queries - asked - 1
+    texts = ([str(asked)] * 4, pictures(s, built.mq_former.config), [str(s.answer)] * 4, [str(told)] * 4)
+    assert products(lambda: planned.loss(0)) == pytest.approx(products(lambda: model.train()(*texts)), rel=0.02)
+
+
+def test_checkpointing_compiling_and_packing_cost_less_where_they_should() -> None:
+    def cost(*settings: str) -> memory.StageCost:
+        config = small("stage2.caption_steps=0", "stage2.packing=false", *settings)
+        return memory.meter("stage2", config, assumed("tiny"), machine)
+
+    machine = hardware("h100")
+    plain, checkpointed = cost(), cost("stage2.activation_checkpointing=true")
+    assert checkpointed.activations_per_sample < 0.8 * plain.activations_per_sample
+    assert checkpointed.flops > plain.flops
+    assert cost("stage2.packing=true").flops < plain.flops
+    compiled = cost("stage2.compile=true")
+    assert compiled.flops == plain.flops and compiled.seconds(machine) < 0.8 * plain.seconds(machine)
+
+
+def test_fewer_bits_hold_the_language_models_layers_in_less() -> None:
+    def held(bits: str) -> dict[str, int]:
+        config = small(f"stage2.llm_bits={bits}")
+        llm = parts.build(config, assumed("tiny")).llm
+        found = {"layers": 0, "others": 0}
+        for name, p in llm.named_parameters():
+            kind = "layers" if "base_layer" in name and name.endswith("weight") else "others"
+            found[kind] += memory.weight_bytes([(name, p)], config.stage2.llm_bits)
+        return found
+
+    fp32, bf16, eight, four = (held(bits) for bits in ("null", "16", "8", "4"))
+    assert fp32["layers"] == 2 * bf16["layers"] == 4 * eight["layers"] == 8 * four["layers"] > 0
+    assert fp32["others"] > bf16["others"] == eight["others"] == four["others"]  # embeddings; the adapter stays fp32
+
+
+def test_ranks_share_a_micro_batch_and_meet_in_the_contrastive_loss() -> None:
+    eight = hardware("h100-8")
+    cost = memory.meter("stage1", small("stage1.batch_size=32", "stage1.processes=8"), assumed("tiny"), eight)
+    alone = memory.meter("stage1", small("stage1.batch_size=4"), assumed("tiny"), eight)
+    assert (cost.ranks, cost.batch, alone.ranks, alone.batch) == (8, 4, 1, 4)
+    assert cost.flops > alone.flops  # similarities with the texts and pictures of all
 
 
 def test_the_optimizer_and_gradients_hold_what_adamw_holds() -> None:
@@ -155,18 +249,22 @@ def test_the_optimizer_and_gradients_hold_what_adamw_holds() -> None:
 def test_strategies_divide_what_they_say() -> None:
     cost = memory.StageCost(
         batch=8,
+        ranks=8,
+        accumulate=1,
+        strategy="fsdp",
         weights=800,
         gradients=80,
         optimizer=160,
-        largest_block=10,
-        fixed_activations=0.0,
+        unsharded=50,
         activations_per_sample=GIB,
-        operations=[],
+        micro_batch=[],
+        optimizer_step=[],
     )
-    one, ddp, fsdp = memory.strategies(cost, 64, hardware("h100-8"))
+    one, ddp, fsdp = memory.strategies(cost, hardware("h100-8"))
     assert (one.batch, ddp.batch, fsdp.batch) == (64, 8, 8)
-    assert (ddp.weights, ddp.gradients, ddp.optimizer) == (800, 80, 160)
-    assert (fsdp.weights, fsdp.gradients, fsdp.optimizer) == (800 / 8 + 2 * 10, 10, 20)
+    assert (one.chosen, ddp.chosen, fsdp.chosen) == (False, False, True)
+    assert (ddp.weights, ddp.gradients, ddp.optimizer) == (800, 2 * 80, 160)  # buckets are copies of gradients
+    assert (fsdp.weights, fsdp.gradients, fsdp.optimizer) == (800 / 8 + 50, 10, 20)
     assert one.activations == 64 * GIB and ddp.activations == 8 * GIB
     assert one.largest_batch == 78  # 80 GiB without 1.5 for the runtime and the bytes above
 
@@ -202,7 +300,7 @@ def test_fused_attention_keeps_no_probabilities() -> None:
     [
         (["preset=huge"], "preset 'huge'.* choices: laptop, paper, tiny"),
         (["hardware=abacus"], "hardware 'abacus' is unknown; choices: a100-8, cpu-2, h100, h100-8"),
-        (["stage1.stepz=3"], "stage1.stepz .* unknown key; keys there: batch_size"),
+        (["stage1.stepz=3"], "stage1.stepz .* unknown key; keys there: accumulate"),
         (["stage1.steps=-3"], "stage1.steps"),
         (["pairs=many"], "pairs is 'many'; expected a whole number above 0"),
         (["nonsense"], "'nonsense' is not of the form key=value"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,15 @@ def seconds(operations: list[Operation], hardware: Hardware) -> float:
         total += hardware.microseconds_per_operation * 1e-6
         total += max(one.flops / rate, one.moved / (hardware.bandwidth_gb_s * 1e9))
     return total
+
+
+def compiled(operations: list[Operation]) -> list[Operation]:
+    """What a compiler makes of them: all between two products becomes one kernel with the traffic of the largest."""
+    fused: list[Operation] = []
+    for products, group in itertools.groupby(operations, lambda one: one.flops > 0):
+        run = list(group)
+        fused += run if products else [max(run, key=lambda one: one.moved)]
+    return fused
 
 
 @contextlib.contextmanager

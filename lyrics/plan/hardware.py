@@ -45,6 +45,7 @@ class Assumptions:
 
     `pairs` None: the scenes of params/world. `objects`: in the picture of a batch that has most. Tokens are those of
     MQ-Former's tokenizer, but `object_tokens_llm` and `prompt_tokens` (the chat template) of the language model's.
+    `packed_share`: rows that a batch of stage 2 takes when it is packed, of those that it takes unpacked.
     `detector_*`: of a detector that is a file of the user's, which the plan cannot build.
     """
 
@@ -60,6 +61,7 @@ class Assumptions:
     answer_tokens: Count
     prompt_tokens: Amount
     masked_share: Fraction
+    packed_share: Fraction
     detector_width: Count
     detector_parameters: Amount
     detector_gflop: float

@@ -4,7 +4,6 @@ Sizes of published models stand here, so that no hub is needed: those that param
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -90,14 +89,14 @@ def segment_anything(part: SegmenterPart) -> tuple[nn.Module | None, int | None]
     return SamModel(SamConfig(vision_config=SamVisionConfig(**sizes))), sizes["output_channels"]
 
 
-def language_model(part: LlmPart) -> Any:
-    """A Llama of the part's sizes."""
+def language_model(part: LlmPart, bits: int | None) -> Any:
+    """A Llama of the part's sizes, in bf16 where `bits` are given (`memory.weight_bytes` knows of 8 and 4)."""
     sizes: dict[str, Any] = {"tied": True, "num_key_value_heads": part.heads, "vocab_size": _FITTED_VOCABULARY}
     sizes["intermediate_size"] = -(-part.hidden_size * 8 // 3 // 32) * 32
     if part.source != "fitted":
         sizes = dict(_known(_LLAMAS, part.name, "llm"))
     tied = sizes.pop("tied")
-    return LlamaForCausalLM(
+    llm: Any = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=part.hidden_size,
             num_hidden_layers=part.layers,
@@ -106,6 +105,7 @@ def language_model(part: LlmPart) -> Any:
             **sizes,
         )
     )
+    return llm.to(torch.bfloat16) if bits else llm
 
 
 def vocabulary(config: Config) -> int:
@@ -156,7 +156,7 @@ def build(config: Config, assumed: Assumptions, device: str = "meta") -> Parts:
         encoder = image_encoder(config.foundation.clip)
         segmenter_module, segmenter_width = segment_anything(config.foundation.segmenter)
         mq_former = MQFormer(mq_former_config(config, assumed, encoder, segmenter_width))
-        llm = language_model(config.foundation.llm)
+        llm = language_model(config.foundation.llm, config.stage2.llm_bits)
         projection = Projection(config.mq_former.hidden_size, llm.config.hidden_size)
         lora = add_lora(llm, **dataclasses.asdict(config.stage2.lora))
     return Parts(encoder=encoder, segmenter=segmenter_module, mq_former=mq_former, projection=projection, llm=lora)
@@ -226,14 +226,8 @@ def _frozen(name: str, total: int) -> Count:
     return Count(name, total, 0, 0, "computed")
 
 
-@functools.singledispatch
-def _image_side(module: nn.Module) -> nn.Module:
-    return module.vision_encoder  # type: ignore[return-value]
-
-
-@_image_side.register
-def _(module: sam.BoxSam) -> nn.Module:
-    return module.sam.image_encoder
+def _image_side(segmenter: Any) -> nn.Module:
+    return segmenter.sam.image_encoder if isinstance(segmenter, sam.BoxSam) else segmenter.vision_encoder
 
 
 def without_data(module: nn.Module) -> None:

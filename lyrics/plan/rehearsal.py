@@ -13,8 +13,7 @@ _STEPS, _SECONDS = 8, 20.0
 
 
 def rehearse(stage: str, batch: int, values: dict, assumed: dict) -> dict[str, float]:
-    """Seconds a step, and the most memory in bytes: with two samples, and with a whole batch."""
-    started = time.perf_counter()
+    """Seconds a step, and the most memory in bytes."""
     from pydantic import TypeAdapter
 
     from lyrics import config as schema
@@ -26,10 +25,10 @@ def rehearse(stage: str, batch: int, values: dict, assumed: dict) -> dict[str, f
     numerics.use_deterministic_kernels()
     assumptions = TypeAdapter(Assumptions).validate_python(assumed)
     built = parts.build(config, assumptions, "cpu")
-    take = getattr(steps, stage)
-    take(config, built, steps.shapes(config, assumptions, built.encoder.patches, min(2, batch))).step(0)
-    small = _most_memory()
-    trainee = take(config, built, steps.shapes(config, assumptions, built.encoder.patches, batch))
+    trainee = steps.take(stage, config, assumptions, built, batch)
+    if trainee.compile:
+        for block in trainee.blocks:
+            block.compile(dynamic=True)
     ready = time.perf_counter()
     kinds = range(len(trainee.shares))
     for kind in kinds:
@@ -41,11 +40,8 @@ def rehearse(stage: str, batch: int, values: dict, assumed: dict) -> dict[str, f
             trainee.step(kind)
             times[kind].append(time.perf_counter() - begun)
     return {
-        "seconds_per_step": sum(s * statistics.fmean(t) for s, t in zip(trainee.shares, times, strict=True)),
-        "startup_seconds": ready - started,
-        "small_bytes": small,
+        "seconds_per_step": sum(s * statistics.median(t) for s, t in zip(trainee.shares, times, strict=True)),
         "peak_bytes": _most_memory(),
-        "steps": sum(map(len, times)),
     }
 
 

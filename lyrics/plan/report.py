@@ -36,18 +36,17 @@ class Plan:
         return self.stages[verb].seconds(self.hardware), f"computed, {how}"
 
     def peak_bytes(self, verb: str) -> float:
-        """Computed for the strategy that needs least; what measured steps took where that is more.
+        """Computed for the strategy of params/; what measured steps took where that is more.
 
         Measured steps are all of one shape, and a stage's are not: kernels for other shapes come on top of them.
         """
-        computed = min(use.total for use in uses(self, verb))
+        computed = chosen(self, verb).total
         return max(computed, self.rehearsed[verb].peak_bytes) if verb in self.rehearsed else computed
 
 
-def uses(found: Plan, verb: str) -> list[memory.Use]:
-    """Computed memory of a stage under each strategy."""
-    settings = getattr(found.config, memory.STAGES[verb])
-    return memory.strategies(found.stages[verb], settings.batch_size, found.hardware)
+def chosen(found: Plan, verb: str) -> memory.Use:
+    """Computed memory of a stage under the strategy of params/."""
+    return next(use for use in memory.strategies(found.stages[verb], found.hardware) if use.chosen)
 
 
 def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose.RUN) -> Plan:
@@ -57,6 +56,7 @@ def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose
         InputError: a name, key or value is unknown; it says what there is.
     """
     own, others = _split(settings)
+    pairs = _pairs(own.get("pairs"))
     config = schema.parse(compose.preview(others, run))
     assumed = read_assumptions(config.preset, run.parent)
     name = own.get("hardware", assumed.hardware)
@@ -76,7 +76,7 @@ def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose
         assumed=assumed,
         hardware=hardware,
         hardware_name=name,
-        pairs=storage.pairs_of(config, assumed, _pairs(own.get("pairs"))),
+        pairs=storage.pairs_of(config, assumed, pairs),
         parts=built,
         stages=stages,
         rehearsed=rehearsed,
@@ -113,17 +113,19 @@ def _storage(found: Plan) -> str:
 def _memory(found: Plan) -> str:
     rows = []
     for verb, cost in found.stages.items():
-        for use in uses(found, verb):
+        for use in memory.strategies(cost, found.hardware):
             sizes = (use.weights, use.gradients, use.optimizer, use.activations, use.runtime, use.total)
-            rows.append([verb, use.strategy, str(use.batch), *map(_gib, sizes), str(use.largest_batch)])
+            name = use.strategy + (" (set)" if use.chosen else "")
+            rows.append([verb, name, f"{use.batch} x {cost.accumulate}", *map(_gib, sizes), str(use.largest_batch)])
         if verb in found.rehearsed:
             peak = _gib(found.rehearsed[verb].peak_bytes)
-            rows.append([verb, "measured steps", str(cost.batch), "", "", "", "", "", peak, ""])
+            rows.append([verb, "measured steps", f"{cost.batch} x {cost.accumulate}", "", "", "", "", "", peak, ""])
     heads = ["stage", "strategy", "batch", "weights", "gradients", "optimizer", "activations", "runtime", "all", "fits"]
     most, factor = f"{found.hardware.memory_gib:,.0f} GiB", found.hardware.allocator_factor
     note = (
-        f"batch: of a device; fits: the largest batch that {most} hold. Tensors are computed;\n"
-        f"runtime, and {factor:g} times activations for their allocation, are of params/hardware."
+        f"batch: samples of a device at once x accumulate; fits: the most samples at once that {most} hold; (set): by\n"
+        f"params. Tensors are computed; "
+        f"runtime, and {factor:g} times activations for their allocation, are from params/hardware"
     )
     return _table("Memory of one device, GiB", heads, rows) + "\n" + note
 
@@ -136,7 +138,7 @@ def _time(found: Plan) -> str:
     for verb, cost in found.stages.items():
         steps = getattr(found.config, memory.STAGES[verb]).steps
         each, source = found.seconds_per_step(verb)
-        flops = cost.flops * found.hardware.devices
+        flops = cost.flops * cost.ranks
         rows.append([verb, f"{steps:,} steps", _tflop(flops), f"{each:.3g}", _span(steps * each), source])
     note = "TFLOP and seconds of a picture or a step; all devices compute, and what they exchange is not in it."
     return _table("Time", ["stage", "how many", "TFLOP", "seconds", "all", "source"], rows) + "\n" + note
@@ -206,12 +208,12 @@ def _quiet() -> Iterator[None]:
 def needed_gib(preset: str, run: Path = compose.RUN) -> tuple[float, float]:
     """Memory and disk (data aside) of this machine for a preset: what `lyrics doctor` asks for.
 
-    On a GPU's machine the memory is that which weights pass through before they reach the device.
+    On a GPU's machine the memory is that which weights pass through before they reach the devices, in each process.
     """
     found = plan([f"preset={preset}"], run=run)
     runtime = found.hardware.runtime_gib * GIB
     if found.hardware.kind == "cuda":
-        most = max(cost.weights + runtime for cost in found.stages.values())
+        most = max(cost.ranks * (cost.weights + runtime) for cost in found.stages.values())
     else:
         most = max(found.peak_bytes(verb) for verb in found.stages)
     rows = storage.rows(found.config, found.assumed, found.parts, found.stages, pairs=0)
