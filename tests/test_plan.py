@@ -125,9 +125,8 @@ class Words:
 
     def conversation(self, questions: tuple[str], answers: tuple[str], spatial_text: str) -> Conversation:
         before, answer = self.ids(questions[0]), self.ids(answers[0])
-        return Conversation(
-            [7], [*before, *self.ids(spatial_text), *answer], ((len(before), len(before) + len(answer)),)
-        )
+        ids = [*before, *self.ids(spatial_text), *answer]
+        return Conversation([7], ids, ((len(ids) - len(answer), len(ids)),))
 
 
 def pictures(s: steps.Shapes, sizes: MQFormerConfig) -> list[SeenImage]:
