@@ -158,6 +158,7 @@ def own_batch(s: steps.Shapes, sizes: MQFormerConfig) -> Stage1Batch:
         same_spatial_BB=torch.eye(s.batch, dtype=torch.bool),
         msp_rows=[words.ids(str(s.spatial))] * s.batch,
         msp_labels=[[7] * s.masked + [losses.IGNORED] * (s.spatial - s.masked)] * s.batch,
+        msp_in_tag=[[False] * s.spatial] * s.batch,
         hidden_tag_bN=hidden_bN,
         hidden_box_bN=hidden_bN,
         uniform_B2=torch.rand(s.batch, 2, dtype=torch.float64),
