@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/attend.md",
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/learning.md",
     "docs/operations.md",
     "docs/plan.md",
 )
