@@ -81,6 +81,9 @@ class Ranks:
         return total
 
 
+ALONE = Ranks()
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along the first dimension; its gradient is the sum of what all ranks made of this rank's part."""
 
@@ -102,7 +105,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     """This process among those that torchrun started; alone where it did not."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        yield Ranks()
+        yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

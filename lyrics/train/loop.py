@@ -5,9 +5,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from lyrics.errors import InputError
 from lyrics.seeding import reseed, rng
 from lyrics.stage import Tracker
 from lyrics.train import checkpoint, devices
-from lyrics.train.devices import Ranks
+from lyrics.train.devices import ALONE, Ranks
 
-ALONE = Ranks()
 log = logging.getLogger(__name__)
 
 
@@ -172,11 +170,6 @@ def _suspects(ids: Sequence[str], not_finite: Sequence[str]) -> str:
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
     path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in history))
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def need(path: Path, verb: str) -> Path:

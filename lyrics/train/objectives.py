@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from lyrics.model.inputs import TextTokenizer
 from lyrics.model.mq_former import EncodedQueries, Memory, MQFormer
 from lyrics.train import losses
-from lyrics.train.devices import Ranks
+from lyrics.train.devices import ALONE, Ranks
 from lyrics.train.stage1_batches import Stage1Batch
 
-ALONE = Ranks()
 MATCHING_PARTS = 3  # pairs of like length are padded together
 GROUPS = ("align", "generate")
 
