@@ -203,7 +203,13 @@ def test_a_picture_is_projected_and_its_queries_encoded_once(
     monkeypatch.setattr(
         MQFormer, "encode_queries", lambda self, *a, **k: encoded.append(1) or encode_queries(self, *a, **k)
     )
+    looked: list[int] = []
+    hooks = [module.register_forward_hook(lambda *_: looked.append(1)) for module in cross]
     objectives(batch)
+    for hook in hooks:
+        hook.remove()
+    # Alone, beside ITM's three groups of texts and beside MSP's: captions only look back at what was encoded.
+    assert len(looked) == 5 * len(cross)
     assert sorted(projected) == ["grounding"] * 2 * len(cross) + ["visual"] * len(cross)
     assert len(encoded) == 1
 
