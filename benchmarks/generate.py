@@ -32,7 +32,7 @@ from lyrics.config import Refine
 from lyrics.data.records import Annotation
 from lyrics.inference import Lyrics
 from lyrics.model.inputs import TextTokenizer
-from lyrics.model.language import PromptTemplate, add_lora, assemble
+from lyrics.model.language import PromptTemplate, add_lora, assemble, merge
 from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
@@ -140,12 +140,10 @@ def build(size: str, llm: Any, words: PreTrainedTokenizerFast) -> Lyrics:
             max_objects=params("refine", size)["max_objects"],
         )
     )  # fmt: skip
-    adapted = add_lora(llm, **params("stage2", size)["lora"])
-    adapted.merge_adapter()
     model = LyricsModel(
         mq_former,
         Projection(mq_former.config.hidden_size, llm.config.hidden_size, 0.02),
-        adapted,
+        merge(add_lora(llm, **params("stage2", size)["lora"])),
         text_tokenizer=TextTokenizer(words),
         template=PromptTemplate(words),
         spatial_text_in_llm=True,

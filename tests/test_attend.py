@@ -185,7 +185,7 @@ def test_shares_of_the_language_model_are_those_of_its_own_attention(picture: Im
     shares_YMK = language_attention(lyrics.model, QUESTION, seen, [14, 7], [*parts, *objects, rest])
     torch.testing.assert_close(shares_YMK.sum(-1), torch.ones(2, 2))
     assert shares_YMK[:, 0, 3].tolist() == [0, 0] and shares_YMK[:, 1, 3].min() > 0
-    assert lyrics.model.llm.get_base_model().config._attn_implementation == "sdpa"
+    assert lyrics.model.llm.config._attn_implementation == "sdpa"
 
 
 def test_token_probabilities_multiply_to_that_of_the_answer(picture: Image.Image) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from lyrics.model.inputs import SeenImage, TextTokenizer
 from lyrics.model.language import GREEDY, IGNORED, Conversation, Decoding, PromptTemplate, Sequences, assemble
@@ -46,6 +46,7 @@ class LyricsModel(nn.Module):
     """MQ-Former, projection and language model, on features of the frozen parts.
 
     Args:
+        llm: in training with its adapter, for answers merged with it.
         packing: whether training puts several samples into a row, instead of padding each to the longest.
     """
 
@@ -53,7 +54,7 @@ class LyricsModel(nn.Module):
         self,
         mq_former: MQFormer,
         projection: Projection,
-        llm: PeftModel,
+        llm: PeftModel | PreTrainedModel,
         *,
         text_tokenizer: TextTokenizer,
         template: PromptTemplate,
@@ -61,14 +62,15 @@ class LyricsModel(nn.Module):
         packing: bool = False,
     ) -> None:
         super().__init__()
-        self.mq_former, self.projection, self.llm = mq_former, projection, llm
+        self.mq_former, self.projection = mq_former, projection
+        self.llm: Any = llm
         self.text_tokenizer, self.template = text_tokenizer, template
         self.spatial_text_in_llm, self.packing = spatial_text_in_llm, packing
 
     @property
     def _base(self) -> Any:
         """The language model below its adapter; which class it is depends on the preset."""
-        return self.llm.get_base_model()
+        return self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
 
     @property
     def language_layers(self) -> list[nn.Module]:

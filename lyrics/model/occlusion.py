@@ -11,7 +11,7 @@ W words of the language model's vocabulary.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -171,10 +171,9 @@ def _read_by_llm(model: LyricsModel, seen: SeenImage) -> str:
 @contextlib.contextmanager
 def _attention_weights_given(model: LyricsModel) -> Iterator[None]:
     """Fused attention returns no weights; the plain one gives the same outputs, and them."""
-    llm: Any = model.llm.get_base_model()
-    fused = llm.config._attn_implementation
-    llm.set_attn_implementation("eager")
+    fused = model.llm.config._attn_implementation
+    model.llm.set_attn_implementation("eager")
     try:
         yield
     finally:
-        llm.set_attn_implementation(fused)
+        model.llm.set_attn_implementation(fused)

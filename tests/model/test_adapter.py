@@ -1,11 +1,13 @@
 """What LoRA promises: nothing at the start, W + scaling · B A when merged, and an adapter that plain peft reads."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel
 from small_model import ANSWERS, PICTURES, QUESTIONS, llama, small_model, with_adapter
 
-from lyrics.model.language import adapter_state, load_adapter, save_adapter
+from lyrics.model.language import adapter_state, load_adapter, merge, save_adapter
 from lyrics.model.lyrics import LyricsModel
 
 IDS = torch.tensor([[6, 9, 10, 11]])
@@ -62,6 +64,11 @@ def test_merged_weights_are_w_plus_scaled_b_a_and_merging_again_changes_nothing(
     with pytest.warns(UserWarning, match="already merged"):
         model.llm.merge_adapter()
     assert all(torch.equal(weight, merged[name]) for name, weight in base_weights(model).items())
+    with pytest.warns(UserWarning, match="already merged"):
+        plain = merge(model.llm).state_dict()
+    assert plain.keys() == llama().state_dict().keys()
+    for name, weight in merged.items():
+        assert torch.equal(weight, plain[name.removeprefix("base_model.model.").replace("base_layer.", "")]), name
 
 
 @torch.no_grad()
@@ -71,6 +78,8 @@ def test_a_saved_adapter_loads_with_plain_peft_and_is_the_same_bytes(model: Lyri
     save_adapter(tmp_path / "b", model.llm, adapter_state(model.llm))
     expected = model.llm(IDS).logits
     assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path / "a").eval()(IDS).logits, expected)
-    torch.testing.assert_close(load_adapter(tmp_path / "a", llama()).eval()(IDS).logits, expected)
+    loaded: Any = load_adapter(tmp_path / "a", llama())
+    assert loaded.state_dict().keys() == llama().state_dict().keys()
+    torch.testing.assert_close(loaded.eval()(IDS).logits, expected)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
