@@ -194,8 +194,10 @@ class LyricsModel(nn.Module):
         conversations = self._prompts(instructions, spatial_texts, [()] * len(seen) if said is None else said)
         sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout="left")
         inputs_BSE = self.embed(sequences, tokens_BQE)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(decoding.seed)
+        draws = decoding.temperature > 0
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=draws):
+            if draws:  # seeding takes as long as a layer of a small model
+                torch.manual_seed(decoding.seed)
             ids_BS = self.llm.generate(
                 inputs_embeds=inputs_BSE,
                 past_key_values=None if read is None else read.resume(inputs_BSE),
