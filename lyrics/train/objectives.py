@@ -156,9 +156,11 @@ class Objectives(nn.Module):
         t = self.tokenizer
         rows = [[t.dec, *row, t.sep] for row in batch.caption_rows[batch.own]]
         ids_bT, mask_bT = map(self._to, t.pad_rows(rows))
-        _, text_bTD = self.mq_former("captioning", looked.memory, ids_bT, mask_bT, encoded=looked.encoded)
-        asked_bT = mask_bT[:, 1:]  # position t predicts the token at t + 1
-        return losses.token_loss(self.mq_former.text_logits(text_bTD[:, :-1][asked_bT]), ids_bT[:, 1:][asked_bT])
+        asked_bT, labels_bT = mask_bT[:, 1:], ids_bT[:, 1:]  # position t predicts the token at t + 1; the last, none
+        _, text_bTD = self.mq_former(
+            "captioning", looked.memory, ids_bT[:, :-1], mask_bT[:, :-1], encoded=looked.encoded
+        )
+        return losses.token_loss(self.mq_former.text_logits(text_bTD[asked_bT]), labels_bT[asked_bT])
 
     def masked_spatial_logits(self, batch: Stage1Batch, looked: Looked) -> tuple[Tensor, Tensor]:
         """Logits_MV and labels_M of the hidden tokens. The local tokens hide what is asked for."""
