@@ -7,6 +7,7 @@ clock starts. Programs take turns, step by step, so that a busy machine slows al
 """
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import math
@@ -31,6 +32,7 @@ CPU = torch.device("cpu")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of a loss
 MATMUL_SIDE = 2048
 NAMES = (OURS, *PEERS)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,16 @@ def alternate(
     return seconds, 2 * MATMUL_SIDE**3 / best
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees; else page faults, dear in virtual machines, fall on whoever comes next.
+
+    It may hold more than it would otherwise, so peak memory is measured without.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
 def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -135,6 +147,7 @@ def _high_water_mark() -> int:
 
 def measure(width: str, precision: numerics.Precision, repeats: int) -> tuple[list[Measured], float]:
     """All programs at one width, and the FLOP/s of the best matrix product."""
+    keep_freed_memory()
     memory = {name: peak_memory(width, name, precision) for name in NAMES}
     programs = build(width, NAMES)
     check_losses(programs, precision)
