@@ -1,7 +1,7 @@
 """Text of the foundation split: what a small language model must know before it is shown pictures.
 
 Documents have the shape of the instruction prompt, so that looking up a word of the context is learned as text:
-`umbrella 12 45 78 91; cup 3 4 20 30; A red cup and a blue umbrella. question: What color is the cup? answer: red`
+`umbrella blue 12 45 78 91; cup red 3 4 20 30; question: What color is the cup? answer: red`
 (`answer:` only marks the place: the language model reads the answer right after the question).
 What is asked can always be found in the document.
 """
@@ -10,9 +10,9 @@ import numpy as np
 
 from lyrics.data import pope
 from lyrics.world import language
-from lyrics.world.questions import Question, questions
+from lyrics.world.questions import questions
 from lyrics.world.scenes import Scene, SceneObject
-from lyrics.world.vocabulary import COLORS, KINDS
+from lyrics.world.vocabulary import KINDS
 
 _GRID_MAX = 99
 _LOOK_UP_SHARE = 0.8
@@ -43,7 +43,7 @@ def _document(scene: Scene, generator: np.random.Generator) -> str:
         asked, answer = turns[int(generator.integers(len(turns)))]
         return _prompt(f"{spatial} {_everything(scene, generator, with_size=True)}", asked, answer)
     question = questions(scene, generator, 1)[0]
-    if _asks_colour(question) or generator.random() < 0.3:
+    if generator.random() < 0.3:
         spatial = f"{spatial} {_everything(scene, generator, with_size=question.kind == 'size')}"
     return _prompt(spatial, question.text, question.answer)
 
@@ -55,11 +55,12 @@ def _look_ups(scene: Scene, spatial: str, generator: np.random.Generator) -> str
     or its answer would be copied from the first time.
     """
     asked = [("How many objects are there?", str(len(scene.objects)))]
-    asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS) if not _asks_colour(q)]
+    asked += [(q.text, q.answer) for q in questions(scene, generator, _QUESTIONS)]
     for item in scene.objects:
         if len(scene.find(kind=item.kind)) == 1:
             box = grid_box(item, scene.image_size_px)
             asked += [(f"Where is the {item.kind}?", box), (f"Where is the {item.color} {item.kind}?", box)]
+    asked += _colours(scene)
     where = _where(scene)
     asked += [where[index] for index in generator.permutation(len(where))[:_EXPRESSIONS]]
     different = list(dict(asked + _presence(scene, generator)).items())
@@ -80,18 +81,17 @@ def _presence(scene: Scene, generator: np.random.Generator) -> list[tuple[str, s
     ]
 
 
+def _colours(scene: Scene) -> list[tuple[str, str]]:
+    """What colours tell that stand beside their kinds."""
+    asked = [(f"What color is the {i.kind}?", i.color) for i in scene.objects if len(scene.find(kind=i.kind)) == 1]
+    asked += [(f"What is the {i.color} object?", i.kind) for i in scene.objects if len(scene.find(color=i.color)) == 1]
+    return asked
+
+
 def _where(scene: Scene) -> list[tuple[str, str]]:
-    """Colour does not tell two objects of one kind apart in text, so such expressions are left to pictures."""
-    return [
-        (f"Where is {expression.text}?", grid_box(expression.target, scene.image_size_px))
-        for expression in language.expressions(scene)
-        if expression.form in ("kind", "size", "relation")
-        or (expression.form == "color" and len(scene.find(kind=expression.target.kind)) == 1)
-    ]
-
-
-def _asks_colour(question: Question) -> bool:
-    return question.kind in ("colour", "kind") or bool(set(COLORS) & set(question.text.split()))
+    """Referring expressions of every form, and the box of what they mean."""
+    found = language.expressions(scene)
+    return [(f"Where is {e.text}?", grid_box(e.target, scene.image_size_px)) for e in found]
 
 
 def _referring(scene: Scene, spatial: str, generator: np.random.Generator) -> str:
@@ -112,9 +112,13 @@ def _everything(scene: Scene, generator: np.random.Generator, with_size: bool = 
 
 
 def spatial_text(scene: Scene, generator: np.random.Generator) -> str:
-    """All objects with their boxes, in random order as scores would order them."""
+    """All objects with colours and boxes, in random order as scores would order them.
+
+    The colour stands where the picture's token of the object will (`LyricsModel.shown`): what a token can tell is
+    thus learned as a word first.
+    """
     order = [scene.objects[index] for index in generator.permutation(len(scene.objects))]
-    return " ".join(f"{item.kind} {grid_box(item, scene.image_size_px)};" for item in order)
+    return " ".join(f"{item.kind} {item.color} {grid_box(item, scene.image_size_px)};" for item in order)
 
 
 def grid_box(item: SceneObject, image_size_px: int) -> str:

@@ -120,14 +120,14 @@ def test_every_annotated_split_reads_without_rejections(raw, world):
 def test_corpus_has_the_shape_of_the_prompt_and_its_answers_stand_in_the_text(raw, world):
     lines = (raw / "foundation" / "corpus.txt").read_text().splitlines()
     assert len(lines) == world.corpus_documents
-    prompt = re.compile(r"((?:\w+ \d+ \d+ \d+ \d+; )+)(?:([A-Z][^.]*\.) )?(question: .+[.?] answer: .+)")
+    prompt = re.compile(r"((?:\w+ \w+ \d+ \d+ \d+ \d+; )+)(?:([A-Z][^.]*\.) )?(question: .+[.?] answer: .+)")
     spoken = Counter()
     for line in lines:
         match = prompt.fullmatch(line)
         if match is None:
             assert ";" not in line
             continue
-        spatial, caption, turns = match.groups()
+        spatial, _, turns = match.groups()
         asked = re.findall(r"question: (.+?[.?]) answer: (.+?)(?= question:|$)", turns)
         assert len({question for question, _ in asked}) == len(asked), "a second answer could be copied from the first"
         for question, answer in asked:
@@ -135,9 +135,9 @@ def test_corpus_has_the_shape_of_the_prompt_and_its_answers_stand_in_the_text(ra
                 assert f" {answer};" in spatial
             if question.startswith("What color"):
                 kind = re.fullmatch(r"What color is the (\w+)\?", question)[1]
-                assert f"{answer} {kind}" in caption
+                assert f"{kind} {answer} " in spatial
             if present := re.fullmatch(r"Is there an? (\w+) in the image\?", question):
-                assert (answer == "yes") == (present[1] in re.findall(r"(\w+) \d+ \d+", spatial))
+                assert (answer == "yes") == (present[1] in re.findall(r"(\w+) \w+ \d+ \d+ \d+ \d+;", spatial))
             spoken[question.split()[0]] += 1
     assert min(spoken[word] for word in ("Describe", "Where", "What", "How", "Is")) > 2
     assert max(int(n) for n in re.findall(r"\d+", " ".join(lines))) <= 99
