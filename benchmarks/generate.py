@@ -169,8 +169,8 @@ def answering(size: str, batch: int, rounds: int) -> list[str]:
     lyrics = build(size, language_model(size, words.eos_token_id), words)
     model = lyrics.model
     seen = lyrics.see([picture()]) * batch
-    prompt = model.template.conversation([QUESTION], [], seen[0].spatial_text)
-    laid = assemble([prompt] * batch, model.mq_former.config.queries, pad=words.unk_token_id, layout="left")
+    prompt = model.conversation(QUESTION, (), seen[0].spatial_text)
+    laid = assemble([prompt] * batch, pad=words.unk_token_id, layout="left")
     ids_BS, mask_BS = laid.ids_RS, laid.mask().long()
 
     def ours(limit: int) -> object:

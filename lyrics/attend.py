@@ -1,7 +1,7 @@
 """`lyrics attend`: where the queries look, what the answer leaned on, as one HTML page.
 
 Shapes: V visual queries, G grounding queries, P patches, N objects, T tokens of the question, M tokens of the answer,
-Y language layers, K spans of the language model's prompt.
+Y language layers, K places of the language model's prompt.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lyrics.errors import InputError
 from lyrics.inference import Lyrics, load
 from lyrics.model.attention_maps import Recording, by_object, recording
 from lyrics.model.inputs import SeenImage
-from lyrics.model.occlusion import answer_log_probs, language_attention, occlusion, prompt_spans, taken_away
+from lyrics.model.occlusion import answer_log_probs, language_attention, occlusion, prompt_places, taken_away
 
 _MOST_ANSWER_TOKENS = 64
 _ALTERNATIVES = 3
@@ -64,8 +64,8 @@ class Examination:
         visual: weights_VP of each layer with cross-attention, mean over heads; empty without visual queries.
         grounding: weights over `[nothing | objects]` of each grounding query, likewise.
         leanings: of each object; `all_objects` of all at once, None where there is none.
-        language_YMK: shares of the language model's attention over `spans`, whose rest is question and template.
-        object_spans: how many of the last spans are objects (N, or 0 where it reads no spatial text).
+        language_YMK: shares of the language model's attention over `places`, whose rest is question and template.
+        object_places: how many of the last places are objects (N, or 0 where it reads no spatial text).
     """
 
     source: str
@@ -82,8 +82,8 @@ class Examination:
     readings: list[Reading]
     leanings: list[Leaning]
     all_objects: Leaning | None
-    spans: list[str]
-    object_spans: int
+    places: list[str]
+    object_places: int
     language_YMK: Tensor
 
 
@@ -102,8 +102,8 @@ def examine(lyrics: Lyrics, picture: Image.Image, question: str, answer: str | N
         log_probs_MW = answer_log_probs(model, question, [seen], answer_ids)[0].cpu()
     crossed = {layer: maps.cross_attention(layer) for layer in maps.cross_layers}
     sources, objects = len(model.mq_former.config.source_widths), len(seen.tags)
-    parts, object_spans = prompt_spans(model, question, seen, len(answer_ids))
-    spans = [*parts, *object_spans]
+    parts, object_places = prompt_places(model, question, seen, len(answer_ids))
+    places = [*parts, *object_places]
     return Examination(
         source=lyrics.label,
         question=question,
@@ -126,9 +126,9 @@ def examine(lyrics: Lyrics, picture: Image.Image, question: str, answer: str | N
             iter(_leanings(lyrics, question, seen, answer_ids, torch.ones(min(1, objects), objects, dtype=torch.bool))),
             None,
         ),
-        spans=[span.name for span in spans],
-        object_spans=len(object_spans),
-        language_YMK=language_attention(model, question, seen, answer_ids, spans),
+        places=[place.name for place in places],
+        object_places=len(object_places),
+        language_YMK=language_attention(model, question, seen, answer_ids, places),
     )
 
 

@@ -125,13 +125,13 @@ def leaned(examination: Examination, names: list[str]) -> Table:
     """Objects × (drop without each way, attention of the language model, attention of the grounding queries)."""
     columns = [*(f"drop without {way}" for way in WAYS)]
     attention_K = examination.language_YMK.mean((0, 1))
-    read = examination.object_spans > 0
+    read = examination.object_places > 0
     looked = [weights_GL.mean(0) for weights_GL in examination.grounding.values()]
     rows = []
     for n, (name, leaning) in enumerate(zip(names, examination.leanings, strict=True)):
         cells = [_drop(value) for value in leaning.drops]
         if read:
-            place = len(examination.spans) - examination.object_spans + n
+            place = len(examination.places) - examination.object_places + n
             cells.append(_share(float(attention_K[place]), full=0.1))
         if looked:
             cells.append(_share(float(looked[-1][n + 1])))
@@ -188,7 +188,7 @@ def reading(examination: Examination) -> Table:
 
 
 def language(examination: Examination, names: list[str]) -> Table:
-    """Tokens of the answer × spans of the prompt, mean over layers."""
+    """Tokens of the answer × places of the prompt, mean over layers."""
     shares_MK = examination.language_YMK.mean(0)
     rows = [
         Row(name=token.text, cells=_shares_and_rest(shares_K))
@@ -206,8 +206,8 @@ def language_by_layer(examination: Examination, names: list[str]) -> Table:
 
 
 def _span_names(examination: Examination, names: list[str]) -> list[str]:
-    parts = examination.spans[: len(examination.spans) - examination.object_spans]
-    return [*parts, *names[: examination.object_spans], "question and template"]
+    parts = examination.places[: len(examination.places) - examination.object_places]
+    return [*parts, *names[: examination.object_places], "question and template"]
 
 
 def _shares_and_rest(shares_K: Tensor) -> list[Cell]:

@@ -211,6 +211,7 @@ class MQFormer:
     projection_size: Count
     detector_tokens: bool
     segmenter_tokens: bool
+    grounding: Literal["pooled", "per_object"]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -265,11 +266,21 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
+class First:
+    """`steps` on samples of `kinds` alone (`caption`, or what `evaluate` scores apart), `without_spatial` as below."""
+
+    steps: Amount
+    kinds: tuple[str, ...]
+    without_spatial: Fraction
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Stage2:
     """`batch_size`, `accumulate`, `processes`, `strategy`, `activation_checkpointing`, `compile` as in Stage1.
 
-    `caption_steps`: as many steps first are captions without spatial text, as in BLIP-2's pre-training.
+    `first`: the steps before all tasks are mixed.
 
+    `turns`: up to as many questions about a picture make one sample, as LLaVA-1.5 joins them.
     `projection_lr`, `lora_lr`: MQ-Former has that of `optimizer`.
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
     `trainable`: patterns of parameter names; all else is frozen. `packing` puts several samples into a row.
@@ -285,9 +296,10 @@ class Stage2:
     compile: bool
     spatial_text: Literal["llm", "mq_former"]
     task_shares: dict[str, Fraction] | None
-    caption_steps: Amount
+    first: First
+    turns: Count
     without_spatial: Fraction
-    loss_average: Literal["tokens", "samples"]
+    loss_average: Literal["tokens", "answers"]
     packing: bool
     llm_bits: Literal[16, 8, 4] | None
     trainable: tuple[str, ...]

@@ -50,7 +50,9 @@ def main(verb: str, steps: int) -> None:
     changes = {"steps": steps, "log_every": 1, "checkpoint_every": steps + 1}
     captions = 0
     if stage == "stage2":
-        captions = changes["caption_steps"] = round(settings.caption_steps / settings.steps * steps)
+        first = round(settings.first.steps / settings.steps * steps)
+        changes["first"] = dataclasses.replace(settings.first, steps=first)
+        captions = first if "caption" in settings.first.kinds else 0
     config = dataclasses.replace(config, **{stage: dataclasses.replace(settings, **changes)})
     work, clock = Path("build/probe") / stage, Clock()
     shutil.rmtree(work, ignore_errors=True)

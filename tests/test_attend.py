@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import itertools
 import re
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from lyrics.errors import InputError
 from lyrics.inference import Lyrics
 from lyrics.model.attention_maps import recording
 from lyrics.model.inputs import SeenImage, TextTokenizer
-from lyrics.model.language import PromptTemplate, add_lora
+from lyrics.model.language import WORD, PromptTemplate, add_lora
 from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
-from lyrics.model.occlusion import language_attention, object_texts, occlusion, prompt_spans
+from lyrics.model.occlusion import Places, language_attention, object_texts, occlusion, prompt_places, without_objects
 from lyrics.model.projection import Projection
 from lyrics.model.vision import ImageEncoder, Preprocessing
 from lyrics.refiner.refiner import RefinedObjects
@@ -90,8 +89,8 @@ def small(tags: tuple[str, ...] = TAGS, *, prefix: int = 1, in_llm: bool = True,
     config = MQFormerConfig(
         visual_queries=2, grounding_queries=3, hidden_size=16, layers=3, heads=2, intermediate_size=32,
         cross_attention_every=2, max_text_tokens=64, dropout=0.0, projection_size=8, detector_tokens=True,
-        segmenter_tokens=True, vocabulary_size=len(WORDS), pad_token_id=0, image_width=3, detector_width=6,
-        segmenter_width=5, max_objects=4,
+        segmenter_tokens=True, grounding="pooled", vocabulary_size=len(WORDS), pad_token_id=0, image_width=3,
+        detector_width=6, segmenter_width=5, max_objects=4,
     )  # fmt: skip
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -158,33 +157,50 @@ def test_an_answer_leans_on_no_local_token_without_grounding_queries(picture: Im
     assert drops_B3[:, 1].abs().min() > 1e-3
 
 
-def test_spans_are_the_objects_texts_and_no_others_even_if_the_question_repeats_them(picture: Image.Image) -> None:
-    lyrics = small()
+@pytest.mark.parametrize("grounding", ["pooled", "per_object"])
+def test_places_are_the_objects_texts_and_no_others_even_if_the_question_repeats_them(
+    picture: Image.Image, grounding: str
+) -> None:
+    lyrics = small(grounding=grounding)
     seen = lyrics.see([picture])[0]
     question = f"is {seen.spatial_text} the cup ?"
-    parts, objects = prompt_spans(lyrics.model, question, seen, 2)
-    template = lyrics.model.template
-    prompt = template.conversation([question], [], seen.spatial_text)
-    places = [*prompt.before, *[-1] * 5, *prompt.after]
-    decoded = [template.tokenizer.decode(places[span.start : span.stop]) for span in objects]
-    assert [text.replace(" ;", ";") for text in decoded] == object_texts(seen.spatial_text)
-    assert [(span.name, span.stop - span.start) for span in parts] == [
+    parts, objects = prompt_places(lyrics.model, question, seen, 2)
+    prompt = lyrics.model.conversation(question, (), seen.spatial_text)
+    tokenizer = lyrics.model.template.tokenizer
+    words = [[prompt.ids[i] for i in place.positions if prompt.queries[i] == WORD] for place in objects]
+    assert [tokenizer.decode(ids).replace(" ;", ";") for ids in words] == object_texts(seen.spatial_text)
+    own = [[prompt.queries[i] for i in place.positions if prompt.queries[i] != WORD] for place in objects]
+    assert own == ([[]] * 3 if grounding == "pooled" else [[2], [3], [4]])
+    assert [(place.name, len(place.positions)) for place in parts] == [
         ("start of the prompt", 1), ("visual queries", 2), ("grounding queries", 3), ("answer so far", 2)
     ]  # fmt: skip
-    assert all(a.stop == b.start for a, b in itertools.pairwise(objects))
-    assert objects[0].start == parts[2].stop and parts[3].start == len(places)
+    assert {prompt.queries[i] for i in parts[2].positions} == {2, 3, 4}
+    everything = sorted({i for place in objects for i in place.positions} | set(parts[1].positions))
+    assert everything[-1] - everything[0] + 1 == len(everything) + (3 if grounding == "pooled" else 0)
+    assert parts[3].positions[0] == len(prompt.ids)
 
 
-def test_shares_of_the_language_model_are_those_of_its_own_attention(picture: Image.Image) -> None:
+def test_an_object_left_out_of_the_text_takes_its_own_token_along(picture: Image.Image) -> None:
+    model = small(grounding="per_object").model
+    seen = small().see([picture])[0]
+    left = without_objects(seen, torch.tensor([True, False, False]))
+    found = model.conversation(QUESTION, (), left.spatial_text, left.told)
+    assert [query for query in found.queries if query != WORD] == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("grounding", ["pooled", "per_object"])
+def test_shares_of_the_language_model_are_those_of_its_own_attention(picture: Image.Image, grounding: str) -> None:
     """The first token of the answer sees all but the answer, the second the first as well."""
-    lyrics = small()
+    lyrics = small(grounding=grounding)
     seen = lyrics.see([picture])[0]
-    parts, objects = prompt_spans(lyrics.model, QUESTION, seen, 2)
-    after = lyrics.model.template.conversation([QUESTION], [], seen.spatial_text).after
-    rest = dataclasses.replace(objects[-1], start=objects[-1].stop, stop=parts[2].stop + len(after))
-    shares_YMK = language_attention(lyrics.model, QUESTION, seen, [14, 7], [*parts, *objects, rest])
+    parts, objects = prompt_places(lyrics.model, QUESTION, seen, 2)
+    named = {i for place in [*parts, *objects] for i in place.positions}
+    rest = Places(name="rest", positions=tuple(set(range(parts[3].positions[0])) - named))
+    once = [*parts, *objects, rest] if grounding == "pooled" else [parts[0], parts[1], parts[3], *objects, rest]
+    shares_YMK = language_attention(lyrics.model, QUESTION, seen, [14, 7], once)
     torch.testing.assert_close(shares_YMK.sum(-1), torch.ones(2, 2))
-    assert shares_YMK[:, 0, 3].tolist() == [0, 0] and shares_YMK[:, 1, 3].min() > 0
+    answer = once.index(parts[3])
+    assert shares_YMK[:, 0, answer].tolist() == [0, 0] and shares_YMK[:, 1, answer].min() > 0
     assert lyrics.model.llm.config._attn_implementation == "sdpa"
 
 

@@ -12,7 +12,7 @@ SMALL = [
     *("world.scenes.test=10", "world.scenes.test_ood=10", "world.corpus_documents=800"),
     *("foundation.llm.steps=12", "foundation.clip.epochs=2", "foundation.tagger.epochs=2"),
     *("foundation.detector.epochs=2", "foundation.segmenter.epochs=1"),
-    *("stage1.steps=8", "stage2.steps=8", "stage2.caption_steps=3", "evaluate.samples_per_split=8"),
+    *("stage1.steps=8", "stage2.steps=8", "stage2.first.steps=3", "evaluate.samples_per_split=8"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lyrics import config as schema
 from lyrics.config import Config
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage, TextTokenizer
-from lyrics.model.language import Conversation
+from lyrics.model.language import OBJECT, WORD, Conversation
 from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormerConfig
 from lyrics.plan import costs, memory, parts, report, steps, storage
@@ -123,10 +123,13 @@ class Words:
 
     answer = ids
 
-    def conversation(self, questions: tuple[str], answers: tuple[str], spatial_text: str) -> Conversation:
-        before, answer = self.ids(questions[0]), self.ids(answers[0])
-        ids = [*before, *self.ids(spatial_text), *answer]
-        return Conversation([7], ids, ((len(ids) - len(answer), len(ids)),))
+    def conversation(
+        self, questions: tuple[str], answers: tuple[str], spatial_text: str, first: range, beside: Sequence[int]
+    ) -> Conversation:
+        told = self.ids(spatial_text.split(OBJECT)[0])
+        words, answer = [*self.ids(questions[0]), *told], self.ids(answers[0])
+        queries = [WORD, *first, *beside, *[WORD] * len(words + answer)]
+        return Conversation([7] * len(queries), queries, ((len(queries) - len(answer), len(queries)),))
 
 
 def pictures(s: steps.Shapes, sizes: MQFormerConfig) -> list[SeenImage]:
@@ -182,7 +185,7 @@ def test_a_planned_step_of_stage_1_multiplies_what_the_stage_multiplies(checkpoi
 @pytest.mark.parametrize(("packing", "checkpointing"), [("true", "false"), ("false", "true")])
 def test_a_planned_step_of_stage_2_multiplies_what_the_stage_multiplies(packing: str, checkpointing: str) -> None:
     switches = [f"stage2.packing={packing}", f"stage2.activation_checkpointing={checkpointing}"]
-    config = small("stage2.caption_steps=0", *switches)
+    config = small("stage2.first.steps=0", *switches)
     built = parts.build(config, assumed("tiny"), "cpu")
     s = dataclasses.replace(steps.shapes(config, assumed("tiny"), built.encoder.patches, 4), rows=4)
     planned = steps.stage2(config, built, s)
@@ -197,15 +200,16 @@ def test_a_planned_step_of_stage_2_multiplies_what_the_stage_multiplies(packing:
         packing=config.stage2.packing,
     )
     asked = s.instruction - s.spatial - 2
-    told = s.prompt - config.mq_former.visual_queries - config.mq_former.grounding_queries - asked - 1
-    texts = ([str(asked)] * 4, pictures(s, built.mq_former.config), [str(s.answer)] * 4, [str(told)] * 4)
+    told = s.prompt - config.mq_former.visual_queries - s.objects - asked - 1
+    spatial = f"{told}{' 1 2 3 4;' * s.objects}"
+    texts = ([str(asked)] * 4, pictures(s, built.mq_former.config), [str(s.answer)] * 4, [spatial] * 4)
     assert products(lambda: planned.loss(0)) == pytest.approx(products(lambda: model.train()(*texts)), rel=0.02)
 
 
 def test_checkpointing_compiling_and_packing_cost_less_where_they_should() -> None:
     def cost(*settings: str) -> memory.StageCost:
-        config = small("stage2.caption_steps=0", "stage2.packing=false", *settings)
-        return memory.meter("stage2", config, assumed("tiny"), machine)
+        config = small("stage2.first.steps=0", "stage2.packing=false", *settings)
+        return memory.meter("stage2", config, dataclasses.replace(assumed("tiny"), packed_share=0.6), machine)
 
     machine = hardware("h100")
     plain, checkpointed = cost(), cost("stage2.activation_checkpointing=true")

@@ -25,13 +25,13 @@ class Source:
     """What queries look at, before it is projected.
 
     Attributes:
-        mask_B11L: which of the L tokens are real (None: all).
+        mask_B1QL: which of the L tokens each query may look at (None: all of them; Q is 1 where all see the same).
         affine: a norm whose scale and shift still have to be applied to x. Taken into the projections they leave x
             without a gradient, which frozen features do not need and which would cost as much as projecting them.
     """
 
     x_BLD: Tensor
-    mask_B11L: Tensor | None = None
+    mask_B1QL: Tensor | None = None
     affine: nn.LayerNorm | None = None
 
     def project(self, linear: nn.Linear) -> Tensor:
@@ -43,11 +43,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """Keys and values for one layer, (B, H, L, d), and which of the L are real."""
+    """Keys and values for one layer, (B, H, L, d), and which of the L are looked at (see `Source`)."""
 
     key: Tensor
     value: Tensor
-    mask_B11L: Tensor | None = None
+    mask_B1QL: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,12 @@ class Lanes:
         """(B, lanes · Q, D); lanes without a row hold zeros."""
         spread = x_PQD.new_zeros(pictures * self.lanes, *x_PQD.shape[1:]).index_copy(0, self.slot_P, x_PQD)
         return spread.unflatten(0, (pictures, self.lanes)).flatten(1, 2)
+
+    def repeat(self, mask_B1QL: Tensor | None) -> Tensor | None:
+        """The mask of the queries of one row for those of all lanes; one that is the same for all queries stays."""
+        if mask_B1QL is None or mask_B1QL.shape[2] == 1:
+            return mask_B1QL
+        return mask_B1QL.repeat(1, 1, self.lanes, 1)
 
     def collect(self, x_BXD: Tensor) -> Tensor:
         """x_PQD, the inverse of `spread`."""
@@ -158,7 +164,7 @@ class CrossAttention(nn.Module):
             name: KeyValue(
                 heads_of(source.project(self._linear(self.key, name)), self.heads),
                 heads_of(source.project(self._linear(self.value, name)), self.heads),
-                source.mask_B11L,
+                source.mask_B1QL,
             )
             for name, source in sources.items()
         }
@@ -179,7 +185,7 @@ class CrossAttention(nn.Module):
                 heads_of(q_PQD if lanes is None else lanes.spread(q_PQD, len(seen.key)), self.heads),
                 seen.key,
                 seen.value,
-                attn_mask=seen.mask_B11L,
+                attn_mask=seen.mask_B1QL if lanes is None else lanes.repeat(seen.mask_B1QL),
                 dropout_p=self.dropout if self.training else 0.0,
             )
             y_BQD = y_BHQd.transpose(1, 2).flatten(2)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lyrics.model.attention import Memory, heads_of
+from lyrics.model.local_tokens import PADDING
 from lyrics.model.mq_former import MQFormer, attention_mask
 
 _PROJECTION = re.compile(r"layers\.\d+\.(attention\.(query|key)|cross_attention\.query)")
@@ -64,7 +65,7 @@ class Recording:
         counts, seen = self._mq_former.counts, self.memory.layers[layer]
         query_BHQd = self._heads(f"layers.{layer}.cross_attention.query")
         return {
-            kind: attention_weights(part_BHQd, seen[kind].key, seen[kind].mask_B11L)
+            kind: attention_weights(part_BHQd, seen[kind].key, seen[kind].mask_B1QL)
             for kind, part_BHQd in zip(counts, query_BHQd.split(list(counts.values()), dim=2), strict=True)
         }
 
@@ -114,11 +115,11 @@ def hiding_objects(mq_former: MQFormer, hidden_BN: Tensor) -> Iterator[None]:
     """Mask the local tokens of some objects; all other tokens stay as they were, ranks included."""
 
     def hide(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens_BLD, mask_BL = output
-        kept_BN = ~hidden_BN.to(mask_BL.device)
-        sources = (mask_BL.shape[1] - 1) // kept_BN.shape[1]
-        nothing_B1 = mask_BL.new_ones(len(mask_BL), 1)
-        return tokens_BLD, mask_BL & torch.cat([nothing_B1, *[kept_BN] * sources], dim=1)
+        tokens_BLD, object_BL = output
+        hidden = hidden_BN.to(object_BL.device)
+        sources = (object_BL.shape[1] - 1) // hidden.shape[1]
+        nothing_B1 = hidden.new_zeros(len(object_BL), 1)
+        return tokens_BLD, object_BL.masked_fill(torch.cat([nothing_B1, *[hidden] * sources], dim=1), PADDING)
 
     handle = mq_former.local_tokens.register_forward_hook(hide)
     try:

@@ -21,6 +21,7 @@ class SeenImage:
         tags: N names.
         boxes_xyxy_N4: corners as fractions of width and height, in [0, 1].
         spatial_text: tags and boxes as text (`refiner.spatial_text.format_objects`).
+        told: which objects it tells of, by number; None for all.
     """
 
     image_tokens_PD: np.ndarray
@@ -29,6 +30,7 @@ class SeenImage:
     tags: tuple[str, ...]
     boxes_xyxy_N4: np.ndarray
     spatial_text: str
+    told: tuple[int, ...] | None = None
 
     def is_finite(self) -> bool:
         """Whether every number in it is."""

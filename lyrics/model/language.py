@@ -5,6 +5,7 @@ Shapes: R rows, S positions of a row.
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +23,11 @@ from lyrics import io
 from lyrics.errors import InputError
 
 IMAGE = "<image>"  # where a template puts the query tokens
+OBJECT = "\N{OBJECT REPLACEMENT CHARACTER}"  # where an object's own query token stands in a spatial text
 IGNORED = -100
 NOBODY = -1  # padding belongs to no sample
+WORD = -1  # where no query token stands
+_BOX = re.compile(r":? (?:\d+ \d+ \d+ \d+|\[[^\]]*\]);")  # what `refiner.spatial_text` writes after a tag
 
 
 Layout = Literal["left", "right", "packed"]
@@ -74,10 +78,16 @@ GREEDY = Decoding()
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Token ids before and after the query tokens; `answers` are the spans of `after` that carry the loss."""
+    """Token ids of a dialogue.
 
-    before: list[int]
-    after: list[int]
+    Attributes:
+        ids: padding where a query token stands.
+        queries: for each position the number of the query whose token stands there, or WORD.
+        answers: the spans that carry the loss.
+    """
+
+    ids: list[int]
+    queries: list[int]
     answers: tuple[tuple[int, int], ...] = ()
 
 
@@ -94,40 +104,63 @@ class PromptTemplate:
         self.end: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
 
-    def conversation(self, questions: Sequence[str], answers: Sequence[str], spatial_text: str) -> Conversation:
+    def conversation(
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        spatial_text: str,
+        first: Sequence[int],
+        beside: Sequence[int] = (),
+    ) -> Conversation:
         """Questions and answers in turn. With one question more than answers it ends where the next answer starts.
 
         Each answer, with its end token, is a span of its own: text and span grow together, turn by turn.
+
+        Args:
+            first: numbers of the queries whose tokens stand at `<image>`.
+            beside: those whose tokens stand at each OBJECT of the spatial text.
         """
         assert len(questions) - len(answers) in (0, 1)
+        assert spatial_text.count(OBJECT) == len(beside)
         messages: list[dict[str, str]] = []
         ids: list[int] = []
-        before: list[int] = []
+        queries: list[int] = []
         spans = []
         told = ""
         for turn, question in enumerate(questions):
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": question.replace(OBJECT, " ")})
             asked = self._render(messages, spatial_text, add_generation_prompt=True)
             text = self._continued(told, asked)
-            if turn == 0:
-                first, text = text.split(IMAGE, 1)
-                before = self._ids(first)
-            ids += self._ids(text)
+            for part in self.parts(text, first, beside) if turn == 0 else [text]:
+                if isinstance(part, str):
+                    words = self._ids(part)
+                    ids, queries = ids + words, queries + [WORD] * len(words)
+                else:
+                    ids, queries = ids + [self.pad] * len(part), queries + list(part)
             if turn == len(answers):
                 break
             answer = self.answer(answers[turn])
             spans.append((len(ids), len(ids) + len(answer)))
-            ids += answer
+            ids, queries = ids + answer, queries + [WORD] * len(answer)
             messages.append({"role": "assistant", "content": answers[turn]})
             if turn + 1 < len(questions):
                 told = self._up_to_end(asked, messages, spatial_text)
-        return Conversation(before, ids, tuple(spans))
+        return Conversation(ids, queries, tuple(spans))
 
-    def render(self, instruction: str, spatial_text: str) -> tuple[str, str]:
-        """The prompt of one question as text, before and after the query tokens."""
-        text = self._render([{"role": "user", "content": instruction}], spatial_text, add_generation_prompt=True)
+    @staticmethod
+    def parts(text: str, first: Sequence[int], beside: Sequence[int]) -> list[str | Sequence[int]]:
+        """A first question as rendered, in the order of its texts and of the queries that stand between them."""
         before, after = text.split(IMAGE, 1)
-        return before, after
+        parts: list[str | Sequence[int]] = [before, first]
+        for query in beside:
+            piece, after = after.split(OBJECT, 1)
+            parts += [piece, [query]]
+        return [*parts, after]
+
+    def render(self, question: str, spatial_text: str) -> str:
+        """The prompt of one question as text."""
+        messages = [{"role": "user", "content": question.replace(OBJECT, " ")}]
+        return self._render(messages, spatial_text, add_generation_prompt=True)
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token: the span that carries the loss."""
@@ -174,17 +207,17 @@ class Sequences:
     Attributes:
         sample_RS: which conversation a position belongs to, NOBODY for padding.
         position_RS: from 0 in each conversation.
-        image_mask_RS: where query tokens go.
+        query_RS: number of the query whose token goes there, or WORD.
         labels_RS: IGNORED outside of answers.
-        order: the conversations as they come row by row, which is the order query tokens are put in.
+        answer_RS: number of the answer a label belongs to, counted over all conversations in the order given.
     """
 
     ids_RS: Tensor
     sample_RS: Tensor
     position_RS: Tensor
-    image_mask_RS: Tensor
+    query_RS: Tensor
     labels_RS: Tensor
-    order: list[int]
+    answer_RS: Tensor
     layout: Layout
 
     def mask(self) -> Tensor:
@@ -205,40 +238,44 @@ class Sequences:
         return {"attention_mask": same_RSS.tril()[:, None], "position_ids": self.position_RS}
 
 
-def assemble(conversations: Sequence[Conversation], queries: int, *, pad: int, layout: Layout) -> Sequences:
-    """Lay out `before, queries, after` of each conversation. Generation reads rows padded on the left.
+def assemble(conversations: Sequence[Conversation], *, pad: int, layout: Layout) -> Sequences:
+    """Lay out conversations in rows. Generation reads rows padded on the left.
 
     The label mask follows from the spans, so no token id can be mistaken for another's place.
     """
-    lengths = [len(c.before) + queries + len(c.after) for c in conversations]
+    lengths = [len(c.ids) for c in conversations]
     rows = pack(lengths) if layout == "packed" else [[index] for index in range(len(lengths))]
     shape = (len(rows), max(lengths))
     ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
     sample, position = np.full(shape, NOBODY, np.int64), np.zeros(shape, np.int64)
-    image = np.zeros(shape, bool)
+    queries, answer = np.full(shape, WORD, np.int64), np.full(shape, NOBODY, np.int64)
+    numbers = np.cumsum([0, *(len(c.answers) for c in conversations)])  # of each conversation's first answer
     for row, members in enumerate(rows):
         start = shape[1] - lengths[members[0]] if layout == "left" else 0
         for index in members:
             conversation, stop = conversations[index], start + lengths[index]
             sample[row, start:stop] = index
             position[row, start:stop] = np.arange(stop - start)
-            query = start + len(conversation.before)
-            after = query + queries
-            ids[row, start:query] = conversation.before
-            ids[row, after:stop] = conversation.after
-            image[row, query:after] = True
-            for first, last in conversation.answers:
-                labels[row, after + first : after + last] = conversation.after[first:last]
+            ids[row, start:stop] = conversation.ids
+            queries[row, start:stop] = conversation.queries
+            for number, (first, last) in enumerate(conversation.answers, numbers[index]):
+                labels[row, start + first : start + last] = conversation.ids[first:last]
+                answer[row, start + first : start + last] = number
             start = stop
     return Sequences(
         ids_RS=torch.from_numpy(ids),
         sample_RS=torch.from_numpy(sample),
         position_RS=torch.from_numpy(position),
-        image_mask_RS=torch.from_numpy(image),
+        query_RS=torch.from_numpy(queries),
         labels_RS=torch.from_numpy(labels),
-        order=[index for members in rows for index in members],
+        answer_RS=torch.from_numpy(answer),
         layout=layout,
     )
+
+
+def mark_objects(spatial_text: str) -> str:
+    """The text with an OBJECT after each tag: `cup￼ 12 45 78 91;`, `cup￼: [0.123, 0.450, 0.781, 0.910];`."""
+    return _BOX.sub(lambda box: f"{OBJECT}{box.group()}", spatial_text.replace(OBJECT, " "))
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:

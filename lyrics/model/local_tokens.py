@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lyrics.errors import InputError
 
+NOTHING, PADDING = -1, -2  # what stands for an object's number where there is none
 BOX_FEATURES = 6  # corners, width, height
 
 
@@ -76,7 +77,7 @@ class LocalTokens(nn.Module):
         self._words = [word_embeddings]  # shared with the text side, owned there: a list keeps it unregistered here
 
     def forward(self, local: LocalFeatures) -> tuple[Tensor, Tensor]:
-        """Return tokens_BLD and their validity mask_BL (bool).
+        """Return tokens_BLD and object_BL: which object each tells of, from 0, NOTHING or PADDING.
 
         Raises:
             InputError: there are more objects than ranks.
@@ -93,8 +94,10 @@ class LocalTokens(nn.Module):
         for name in self.norm:
             projected_BND = self.project[name](self.norm[name](features[name].to(about_BND.dtype)))
             tokens.append(projected_BND + about_BND + self.source[name])
-        mask_BL = torch.cat([local.object_mask_BN.new_ones(batch, 1), *[local.object_mask_BN] * len(self.norm)], dim=1)
-        return self.out_norm(torch.cat(tokens, dim=1)), mask_BL
+        number_N = torch.arange(objects, device=about_BND.device)
+        number_BN = torch.where(local.object_mask_BN, number_N, PADDING)
+        object_BL = torch.cat([number_BN.new_full((batch, 1), NOTHING), *[number_BN] * len(self.norm)], dim=1)
+        return self.out_norm(torch.cat(tokens, dim=1)), object_BL
 
     def _about_objects(self, local: LocalFeatures) -> Tensor:
         words_BNK = local.tag_ids_BNK

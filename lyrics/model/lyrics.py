@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lyrics.model.inputs import SeenImage, TextTokenizer
-from lyrics.model.language import GREEDY, IGNORED, Conversation, Decoding, PromptTemplate, Sequences, assemble
+from lyrics.model.language import (
+    GREEDY,
+    IGNORED,
+    OBJECT,
+    WORD,
+    Conversation,
+    Decoding,
+    PromptTemplate,
+    Sequences,
+    assemble,
+    mark_objects,
+)
 from lyrics.model.mq_former import Memory, MQFormer
 from lyrics.model.projection import Projection
 
 Texts = str | tuple[str, ...]  # of one sample: a text, or one for each turn of a dialogue
-Average = Literal["tokens", "samples"]
+Average = Literal["tokens", "answers"]
 
 
 class Read:
@@ -77,6 +88,12 @@ class LyricsModel(nn.Module):
         return list(self._base.model.layers)
 
     @property
+    def tokens_beside_objects(self) -> bool:
+        """Whether each grounding query has objects of its own, and its token stands beside them in the text."""
+        config = self.mq_former.config
+        return self.spatial_text_in_llm and config.grounding == "per_object" and config.grounding_queries > 0
+
+    @property
     def device(self) -> torch.device:
         return self.projection.linear.weight.device
 
@@ -113,8 +130,10 @@ class LyricsModel(nn.Module):
     def embed(self, sequences: Sequences, tokens_BQE: Tensor) -> Tensor:
         """inputs_RSE with the query tokens in their places."""
         embedded_RSE = self._base.get_input_embeddings()(sequences.ids_RS.to(self.device))
-        where_RS1 = sequences.image_mask_RS.to(self.device).unsqueeze(-1)
-        return embedded_RSE.masked_scatter(where_RS1, tokens_BQE[sequences.order].to(embedded_RSE.dtype))
+        query_RS, sample_RS = sequences.query_RS.to(self.device), sequences.sample_RS.to(self.device)
+        seen_RS = query_RS != WORD
+        tokens_XE = tokens_BQE[sample_RS[seen_RS], query_RS[seen_RS]]
+        return embedded_RSE.masked_scatter(seen_RS.unsqueeze(-1), tokens_XE.to(embedded_RSE.dtype))
 
     def forward(
         self,
@@ -126,9 +145,9 @@ class LyricsModel(nn.Module):
         *,
         total: float | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of the answers' tokens, over all tokens or over samples (`average`).
+        """Mean cross-entropy of the answers' tokens, over all tokens or over answers (`average`).
 
-        Over tokens a caption outweighs a one-word answer tenfold; over samples they count alike. Every turn of a
+        Over tokens a caption outweighs a one-word answer tenfold; over answers they count alike. Every turn of a
         dialogue carries loss.
 
         Args:
@@ -138,25 +157,23 @@ class LyricsModel(nn.Module):
         """
         tokens_BQE = self.query_tokens(instructions, seen)
         conversations = [
-            self.template.conversation(_turns(i), _turns(a), s)
-            for i, a, s in zip(instructions, answers, spatial_texts, strict=True)
+            self.conversation(i, a, s) for i, a, s in zip(instructions, answers, spatial_texts, strict=True)
         ]
         layout: Literal["packed", "right"] = "packed" if self.packing else "right"
-        sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout=layout)
-        loss_M, sample_M = self.token_losses(sequences, tokens_BQE)
-        if average == "samples":
-            loss_M = loss_M / torch.bincount(sample_M, minlength=len(conversations))[sample_M]
+        sequences = assemble(conversations, pad=self.template.pad, layout=layout)
+        loss_M, answer_M = self.token_losses(sequences, tokens_BQE)
+        if average == "answers":
+            loss_M = loss_M / torch.bincount(answer_M)[answer_M]
         return loss_M.sum() / (self.normaliser(answers, average) if total is None else total)
 
     def normaliser(self, answers: Sequence[Texts], average: Average = "tokens") -> float:
-        """What the loss of a batch is divided by: its answers' tokens, or its samples. Needs no forward pass."""
-        if average == "samples":
-            return float(len(answers))
-        return float(sum(len(self.template.answer(text)) for texts in answers for text in _turns(texts)))
+        """What the loss of a batch is divided by: its answers' tokens, or its answers. Needs no forward pass."""
+        said = [text for texts in answers for text in _turns(texts)]
+        return float(len(said) if average == "answers" else sum(len(self.template.answer(text)) for text in said))
 
     def token_losses(self, sequences: Sequences, tokens_BQE: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each answer token, loss_M, and the sample it belongs to, sample_M."""
-        labels_RS, sample_RS = sequences.labels_RS.to(self.device), sequences.sample_RS.to(self.device)
+        """Cross-entropy of each answer token, loss_M, and the answer it belongs to, answer_M."""
+        labels_RS, answer_RS = sequences.labels_RS.to(self.device), sequences.answer_RS.to(self.device)
         hidden_RSE = self._base.model(
             inputs_embeds=self.embed(sequences, tokens_BQE),
             use_cache=False,
@@ -165,7 +182,7 @@ class LyricsModel(nn.Module):
         asked_RS = labels_RS[:, 1:] != IGNORED  # position s predicts the label at s + 1
         logits_MV = self._base.lm_head(hidden_RSE[:, :-1][asked_RS])
         loss_M = F.cross_entropy(logits_MV.float(), labels_RS[:, 1:][asked_RS], reduction="none")
-        return loss_M, sample_RS[:, 1:][asked_RS]
+        return loss_M, answer_RS[:, 1:][asked_RS]
 
     @torch.inference_mode()
     def generate(
@@ -188,11 +205,14 @@ class LyricsModel(nn.Module):
             memory: what `look` gave for `seen`; None looks now.
             read: of one sample whose dialogue goes on; only what is new in it is read, and `read` grows. No beams.
         """
+        told = [s.told if spatial_texts is None else None for s in seen]
         if spatial_texts is None:
             spatial_texts = [s.spatial_text for s in seen]
         tokens_BQE = self.query_tokens(instructions, seen, memory)
-        conversations = self._prompts(instructions, spatial_texts, [()] * len(seen) if said is None else said)
-        sequences = assemble(conversations, tokens_BQE.shape[1], pad=self.template.pad, layout="left")
+        said = [()] * len(seen) if said is None else said
+        rows = zip(instructions, said, spatial_texts, told, strict=True)
+        conversations = [self.conversation(*row) for row in rows]
+        sequences = assemble(conversations, pad=self.template.pad, layout="left")
         inputs_BSE = self.embed(sequences, tokens_BQE)
         draws = decoding.temperature > 0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=draws):
@@ -211,15 +231,29 @@ class LyricsModel(nn.Module):
             read.keep(torch.cat([inputs_BSE, self._base.get_input_embeddings()(ids_BS)], dim=1))
         return [self.template.decode(row) for row in ids_BS.tolist()]
 
-    def _prompts(
-        self, instructions: Sequence[Texts], spatial_texts: Sequence[str], said: Sequence[Texts]
-    ) -> list[Conversation]:
+    def conversation(
+        self, questions: Texts, answers: Texts, spatial_text: str, told: Sequence[int] | None = None
+    ) -> Conversation:
+        """What the language model reads: query tokens, objects, questions, answers."""
+        return self.template.conversation(_turns(questions), _turns(answers), *self.shown(spatial_text, told))
+
+    def shown(self, spatial_text: str, told: Sequence[int] | None = None) -> tuple[str, Sequence[int], Sequence[int]]:
+        """The spatial text as the language model reads it, the queries before it, and those beside its objects.
+
+        A query that has objects of its own stands beside them in the text; all others come first.
+
+        Args:
+            told: which objects the text tells of, by number; None for all.
+        """
+        config = self.mq_former.config
         if not self.spatial_text_in_llm:
-            spatial_texts = [""] * len(spatial_texts)
-        return [
-            self.template.conversation(_turns(i), _turns(a), s)
-            for i, a, s in zip(instructions, said, spatial_texts, strict=True)
-        ]
+            spatial_text = ""
+        if not spatial_text or not self.tokens_beside_objects:
+            return spatial_text, range(config.queries), ()
+        marked = mark_objects(spatial_text)
+        objects = range(marked.count(OBJECT)) if told is None else told
+        beside = [config.visual_queries + n % config.grounding_queries for n in objects]
+        return marked, range(config.visual_queries), beside
 
 
 def _turns(texts: Texts) -> tuple[str, ...]:

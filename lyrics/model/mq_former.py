@@ -15,14 +15,20 @@ from torch.utils.checkpoint import checkpoint
 from lyrics.errors import InputError
 from lyrics.model import mq_former_weights
 from lyrics.model.attention import KeyValue, Layer, Memory, Source, Wanted
-from lyrics.model.local_tokens import LocalFeatures, LocalTokens
+from lyrics.model.local_tokens import NOTHING, PADDING, LocalFeatures, LocalTokens
 
+Grounding = Literal["pooled", "per_object"]
 Objective = Literal["contrastive", "matching", "captioning", "masked_spatial", "instruction"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQFormerConfig:
-    """Sizes. Either kind of query may number zero; `cross_attention_every` = 2 puts it in layers 0, 2, 4 …"""
+    """Sizes. Either kind of query may number zero; `cross_attention_every` = 2 puts it in layers 0, 2, 4 …
+
+    Attributes:
+        grounding: whether each grounding query looks at all objects (`pooled`, as the paper has it), or query g of G
+            at objects g, g + G, g + 2 G … alone (`per_object`), so that it is known what a query tells of.
+    """
 
     visual_queries: int
     grounding_queries: int
@@ -36,6 +42,7 @@ class MQFormerConfig:
     projection_size: int
     detector_tokens: bool
     segmenter_tokens: bool
+    grounding: Grounding
     vocabulary_size: int
     pad_token_id: int
     image_width: int
@@ -109,6 +116,20 @@ def attention_mask(
     real_BS = torch.cat([text_mask_BT.new_ones(batch, queries), text_mask_BT], dim=1)
     itself_SS = torch.eye(total, dtype=torch.bool, device=text_mask_BT.device)
     return ((mask_SS & real_BS[:, None, :]) | itself_SS).unsqueeze(1)
+
+
+def local_mask(object_BL: Tensor, grounding_queries: int, grounding: Grounding) -> Tensor:
+    """Which local tokens each grounding query may look at, mask_BGL (G is 1 where it is the same for all).
+
+    Args:
+        object_BL: what `LocalTokens` says of each token: an object's number, NOTHING or PADDING.
+    """
+    real_B1L = (object_BL != PADDING)[:, None]
+    if grounding == "pooled":
+        return real_B1L
+    query_G1 = torch.arange(grounding_queries, device=object_BL.device)[:, None]
+    own_BGL = (object_BL % grounding_queries)[:, None] == query_G1
+    return real_B1L & (own_BGL | (object_BL == NOTHING)[:, None])
 
 
 class TextHead(nn.Module):
@@ -223,8 +244,9 @@ class MQFormer(nn.Module):
         return Memory(tuple(layers), memory.pictures)
 
     def _local(self, local: LocalFeatures) -> Source:
-        local_BLD, mask_BL = self.local_tokens(local)
-        return Source(local_BLD, mask_BL[:, None, None, :])
+        local_BLD, object_BL = self.local_tokens(local)
+        mask_BGL = local_mask(object_BL, self.config.grounding_queries, self.config.grounding)
+        return Source(local_BLD, mask_BGL[:, None])
 
     @property
     def _layers(self) -> list[Layer]:

@@ -4,7 +4,7 @@ An object is told to the model twice: by its local tokens, which the grounding q
 the spatial text, which MQ-Former and (if so trained) the language model read. Each can be taken away alone.
 The image tokens stay as they are.
 
-Shapes: B batch, N objects, Q query tokens, M tokens of the answer, Y language layers, H heads, S sequence, K spans,
+Shapes: B batch, N objects, Q query tokens, M tokens of the answer, Y language layers, H heads, S sequence, K places,
 W words of the language model's vocabulary.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lyrics.model.attention_maps import hiding_objects
 from lyrics.model.inputs import SeenImage
-from lyrics.model.language import IGNORED, Conversation, PromptTemplate, assemble
+from lyrics.model.language import IGNORED, IMAGE, OBJECT, WORD, Conversation, assemble
 from lyrics.model.lyrics import LyricsModel
 
 Way = Literal["local tokens", "spatial text", "both"]
@@ -27,12 +27,11 @@ _ROWS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Span:
-    """Positions [start, stop) of one sequence of the language model."""
+class Places:
+    """Positions of one sequence of the language model."""
 
     name: str
-    start: int
-    stop: int
+    positions: tuple[int, ...]
 
 
 def object_texts(spatial_text: str) -> list[str]:
@@ -42,8 +41,9 @@ def object_texts(spatial_text: str) -> list[str]:
 
 def without_objects(seen: SeenImage, hidden_N: Tensor) -> SeenImage:
     """The picture with a spatial text that leaves objects out; its local tokens stay, for their ranks to stay."""
-    pieces = zip(object_texts(seen.spatial_text), hidden_N.tolist(), strict=True)
-    return dataclasses.replace(seen, spatial_text=" ".join(piece for piece, hidden in pieces if not hidden))
+    told = [n for n, hidden in enumerate(hidden_N.tolist()) if not hidden]
+    pieces = object_texts(seen.spatial_text)
+    return dataclasses.replace(seen, spatial_text=" ".join(pieces[n] for n in told), told=tuple(told))
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def answer_log_probs(
     """log_probs_BMW: at each token of one answer, of every word, given the answer before it."""
     tokens_BQE = model.query_tokens([question] * len(pictures), pictures)
     conversations = [_answered(model, question, seen, answer_ids) for seen in pictures]
-    sequences = assemble(conversations, tokens_BQE.shape[1], pad=model.template.pad, layout="right")
+    sequences = assemble(conversations, pad=model.template.pad, layout="right")
     output = model.llm(
         inputs_embeds=model.embed(sequences, tokens_BQE),
         attention_mask=sequences.mask().long().to(model.device),
@@ -104,12 +104,12 @@ def _log_prob(model: LyricsModel, question: str, pictures: Sequence[SeenImage], 
 
 @torch.inference_mode()
 def language_attention(
-    model: LyricsModel, question: str, seen: SeenImage, answer_ids: Sequence[int], spans: Sequence[Span]
+    model: LyricsModel, question: str, seen: SeenImage, answer_ids: Sequence[int], places: Sequence[Places]
 ) -> Tensor:
-    """shares_YMK of attention, mean over heads, from where each token of the answer is predicted to each span."""
+    """shares_YMK of attention, mean over heads, from where each answer token is predicted to each of `places`."""
     tokens_1QE = model.query_tokens([question], [seen])
     conversation = _answered(model, question, seen, answer_ids)
-    sequences = assemble([conversation], tokens_1QE.shape[1], pad=model.template.pad, layout="right")
+    sequences = assemble([conversation], pad=model.template.pad, layout="right")
     with _attention_weights_given(model):
         output = model.llm(
             inputs_embeds=model.embed(sequences, tokens_1QE),
@@ -120,52 +120,66 @@ def language_attention(
     weights_YSS = torch.stack([layer_1HSS[0].float().mean(0) for layer_1HSS in output.attentions]).cpu()
     last = weights_YSS.shape[-1] - 1
     rows_YMS = weights_YSS[:, last - len(answer_ids) : last]
-    return torch.stack([rows_YMS[..., span.start : span.stop].sum(-1) for span in spans], dim=-1)
+    return torch.stack([rows_YMS[..., list(place.positions)].sum(-1) for place in places], dim=-1)
 
 
 def _answered(model: LyricsModel, question: str, seen: SeenImage, answer_ids: Sequence[int]) -> Conversation:
     """The question with an answer given by its tokens."""
-    asked = model.template.conversation([question], [], _read_by_llm(model, seen))
-    start = len(asked.after)
-    return Conversation(asked.before, [*asked.after, *answer_ids], ((start, start + len(answer_ids)),))
+    asked = model.conversation(question, (), seen.spatial_text, seen.told)
+    start = len(asked.ids)
+    return Conversation(
+        [*asked.ids, *answer_ids],
+        [*asked.queries, *[WORD] * len(answer_ids)],
+        ((start, start + len(answer_ids)),),
+    )
 
 
-def prompt_spans(
+def prompt_places(
     model: LyricsModel, question: str, seen: SeenImage, answer_tokens: int
-) -> tuple[list[Span], list[Span]]:
+) -> tuple[list[Places], list[Places]]:
     """Where the language model reads what: start, query tokens, answer; and each object (none if it reads no text)."""
-    text = _read_by_llm(model, seen)
-    prompt, config = model.template.conversation([question], [], text), model.mq_former.config
-    start = len(prompt.before)
-    grounding, after = start + config.visual_queries, start + config.queries
-    answer = after + len(prompt.after)
+    prompt, visual = (
+        model.conversation(question, (), seen.spatial_text, seen.told),
+        model.mq_former.config.visual_queries,
+    )
+    numbered = list(enumerate(prompt.queries))
+    start, answer = next(i for i, query in numbered if query != WORD), len(prompt.ids)
     parts = [
-        Span(name="start of the prompt", start=0, stop=start),
-        Span(name="visual queries", start=start, stop=grounding),
-        Span(name="grounding queries", start=grounding, stop=after),
-        Span(name="answer so far", start=answer, stop=answer + answer_tokens),
+        Places(name="start of the prompt", positions=tuple(range(start))),
+        Places(name="visual queries", positions=tuple(i for i, query in numbered if 0 <= query < visual)),
+        Places(name="grounding queries", positions=tuple(i for i, query in numbered if query >= visual)),
+        Places(name="answer so far", positions=tuple(range(answer, answer + answer_tokens))),
     ]
-    characters = _characters(model.template, question, text) if text else []
+    text = model.shown(seen.spatial_text, seen.told)[0]
+    characters = _characters(model, question, seen)
     objects, end = [], 0
     for piece, tag in zip(object_texts(text), seen.tags, strict=False):
         begin = text.index(piece, end)
         end = begin + len(piece)
-        inside = [i for i, (first, last) in enumerate(characters) if first < end and last > begin]
-        objects.append(Span(name=tag, start=after + inside[0], stop=after + inside[-1] + 1))
+        inside = tuple(i for i, (first, last) in enumerate(characters) if first < end and last > begin)
+        objects.append(Places(name=tag, positions=inside))
     return parts, objects
 
 
-def _characters(template: PromptTemplate, question: str, spatial_text: str) -> list[tuple[int, int]]:
-    """Which characters of the spatial text each token after the query tokens covers."""
-    mark = next(sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in question)  # a sign for private use
-    start = template.render(question, mark)[1].index(mark)
-    rendered = template.render(question, spatial_text)[1]
-    offsets = template.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [(first - start, last - start) for first, last in offsets]
+def _characters(model: LyricsModel, question: str, seen: SeenImage) -> list[tuple[int, int]]:
+    """Which characters of the spatial text, as the language model reads it, each position of the prompt covers.
 
-
-def _read_by_llm(model: LyricsModel, seen: SeenImage) -> str:
-    return seen.spatial_text if model.spatial_text_in_llm else ""
+    What comes before the text lies below 0; a query token covers the mark that it stands for.
+    """
+    template, (text, first, beside) = model.template, model.shown(seen.spatial_text, seen.told)
+    sign = next(sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in question)  # a sign for private use
+    place = len(IMAGE) - template.render(question, sign).index(sign)  # of the prompt's first character
+    characters: list[tuple[int, int]] = []
+    for part in template.parts(template.render(question, text), first, beside):
+        if isinstance(part, str):
+            offsets = template.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            characters += [(place + begin, place + stop) for begin, stop in offsets]
+            place += len(part)
+        elif part is first:
+            characters += [(-1, -1)] * len(part)
+        else:
+            characters.append((place, place := place + len(OBJECT)))
+    return characters
 
 
 @contextlib.contextmanager

@@ -51,8 +51,9 @@ def shapes(config: Config, assumed: Assumptions, patches: int, batch: int, ranks
     limit = config.mq_former.max_text_tokens
     objects = min(assumed.objects, config.refine.max_objects)
     spatial = min(objects * assumed.object_tokens, limit - 2)
-    queries = config.mq_former.visual_queries + config.mq_former.grounding_queries
-    prompt = assumed.prompt_tokens + queries + assumed.instruction_tokens
+    visual, grounding = config.mq_former.visual_queries, config.mq_former.grounding_queries
+    beside_objects = config.mq_former.grounding == "per_object" and config.stage2.spatial_text == "llm"
+    asked = assumed.prompt_tokens + visual + assumed.instruction_tokens
     read = objects * assumed.object_tokens_llm if config.stage2.spatial_text == "llm" else 0
     return Shapes(
         batch=batch,
@@ -63,8 +64,8 @@ def shapes(config: Config, assumed: Assumptions, patches: int, batch: int, ranks
         caption=assumed.caption_tokens,
         spatial=spatial,
         instruction=min(assumed.instruction_tokens + 2 + spatial, limit),
-        prompt=prompt + read,
-        caption_prompt=prompt,
+        prompt=asked + (objects if beside_objects else grounding) + read,
+        caption_prompt=asked + grounding,
         answer=assumed.answer_tokens,
         masked=max(1, round(spatial * assumed.masked_share)),
         rows=math.ceil(batch * assumed.packed_share) if config.stage2.packing else batch,
@@ -77,7 +78,7 @@ class Trainee:
 
     Attributes:
         blocks: layers that are compiled, or sharded, one by one.
-        loss: of a micro-batch of one kind; steps of some stages differ (`stage1.objectives`, `stage2.caption_steps`).
+        loss: of a micro-batch of one kind; steps of some stages differ (`stage1.objectives`, `stage2.first`).
         shares: how many of the steps are of each kind.
     """
 
@@ -188,7 +189,7 @@ def stage2(config: Config, parts: Parts, s: Shapes) -> Trainee:
     image_bPD, local = _seen(mq_former, s)
     queries = s.batch * mq_former.config.queries
     # Captions are of like lengths: packing gains nothing.
-    captions = min(1.0, settings.caption_steps / settings.steps)
+    captions = min(1.0, settings.first.steps / settings.steps) if "caption" in settings.first.kinds else 0.0
     kinds = [(s.caption_prompt + s.caption + 1, s.batch, captions), (s.prompt + s.answer, s.rows, 1 - captions)]
     kinds = [kind for kind in kinds if kind[-1] > 0]
     asked = s.batch * max(s.answer, s.caption + 1 if captions else 0)

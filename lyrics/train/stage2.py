@@ -25,12 +25,12 @@ from lyrics.stage import Tracker
 from lyrics.train import devices, loop
 from lyrics.train.devices import Ranks
 from lyrics.train.loop import MicroBatch
+from lyrics.train.projection_start import start_projection
 from lyrics.train.stage1 import FOUNDATION, STAGE1, load_mq_former, open_splits
-from lyrics.train.stage2_batches import Stage2Batch, Stage2Data, without_target
+from lyrics.train.stage2_batches import First, Stage2Batch, Stage2Data, without_target
 from lyrics.train.trainable import train_only
 
 TRAIN_SPLIT = "instruct"
-_START_SAMPLES = 256  # on which the projection starts
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +63,7 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     with devices.joined(device) as ranks:
         ranks.check(config.stage2.batch_size, config.stage2.accumulate, "stage2")
         model = build(config)
-        _start_projection(model, data, device)
+        start_projection(model, data, device)
         _log_counts(model, tracker)
         history = train(model, data, config, work, tracker, ranks, device)
         weights, adapter = _whole_parts(model), devices.whole(adapter_state(model.llm))
@@ -88,31 +88,12 @@ def _data(config: Config) -> Stage2Data:
         task_shares=settings.task_shares,
         without_spatial=settings.without_spatial,
         spatial_text_in_llm=settings.spatial_text == "llm",
-        caption_steps=settings.caption_steps,
+        first=First(**dataclasses.asdict(settings.first)),
+        turns=settings.turns,
         seed=config.seed,
     )
-    log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.weights.items()})
+    log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.later.weights.items()})
     return data
-
-
-def _start_projection(model: LyricsModel, data: Stage2Data, device: torch.device) -> None:
-    """Start it from what the queries give for some samples.
-
-    Raises:
-        InputError: their features are not finite.
-    """
-    first = data.batch(0, _START_SAMPLES)
-    if damaged := first.not_finite():
-        raise InputError(
-            f"The features of {', '.join(damaged)} are not finite; make them again with: python -m lyrics refine"
-        )
-    # The language model may be too large for one device; it moves when it is sharded.
-    model.mq_former.to(device)
-    model.projection.to(device)
-    with torch.no_grad():
-        query_BQD = model.query_outputs(first.instructions, first.seen)
-    words: Any = model.llm.get_input_embeddings()
-    model.projection.start_from(query_BQD, words.weight.to(device))
 
 
 def train(

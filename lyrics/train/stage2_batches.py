@@ -1,6 +1,7 @@
 """Batches of stage 2: instructions of several tasks, mixed; every draw keyed by (seed, step, slot)."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,10 @@ from lyrics.model.lyrics import Texts
 from lyrics.refiner.features import RefinedSplit
 from lyrics.refiner.spatial_text import CoordinateFormat
 from lyrics.seeding import rng
+
+log = logging.getLogger(__name__)
+
+JOINED = ("vqa", "refer", "pope")  # tasks whose questions about one picture may follow each other in a sample
 
 
 def mixing_weights(sizes: dict[str, int], shares: dict[str, float] | None) -> dict[str, float]:
@@ -49,6 +54,47 @@ class Stage2Batch:
         return sorted({i for i, seen in zip(self.ids, self.seen, strict=True) if not seen.is_finite()})
 
 
+@dataclasses.dataclass(frozen=True)
+class First:
+    """What the first steps draw from: samples of some kinds, with a share of them of its own without spatial text."""
+
+    steps: int
+    kinds: tuple[str, ...]
+    without_spatial: float
+
+
+NO_FIRST = First(0, (), 0.0)
+
+
+class Pool:
+    """Samples that are drawn by the shares of their tasks.
+
+    Raises:
+        InputError: no task at hand has a share.
+    """
+
+    def __init__(self, samples: Sequence[Sample], task_shares: dict[str, float] | None) -> None:
+        self.by_task: dict[str, list[Sample]] = {}
+        self.asked: dict[str, dict[str, list[Sample]]] = {}  # questions about a picture, by task
+        for sample in samples:
+            self.by_task.setdefault(sample.task, []).append(sample)
+            if sample.task in JOINED:
+                self.asked.setdefault(sample.image_id, {}).setdefault(sample.task, []).append(sample)
+        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, task_shares)
+
+    def draw(self, turns: int, draw: np.random.Generator) -> list[Sample]:
+        """A sample; if it is a question, up to `turns` about its picture, none asked twice."""
+        task = _choose(self.weights, draw)
+        sample = self.by_task[task][draw.integers(len(self.by_task[task]))]
+        chosen = {instruction(sample): sample}
+        asked = self.asked[sample.image_id] if task in JOINED else {}
+        left = {task: [found[i] for i in draw.permutation(len(found))] for task, found in asked.items()}
+        while len(chosen) < turns and (weights := {t: w for t, w in self.weights.items() if left.get(t)}):
+            other = left[_choose(weights, draw)].pop()
+            chosen.setdefault(instruction(other), other)
+        return list(chosen.values())
+
+
 class Stage2Data:
     """Samples of a refined split by task."""
 
@@ -60,19 +106,21 @@ class Stage2Data:
         task_shares: dict[str, float] | None,
         without_spatial: float,
         spatial_text_in_llm: bool,
-        caption_steps: int = 0,
+        first: First = NO_FIRST,
+        turns: int = 1,
         seed: int,
     ) -> None:
         self.split, self.coordinate_format, self.seed = split, coordinate_format, seed
         self.without_spatial, self.spatial_text_in_llm = without_spatial, spatial_text_in_llm
-        self.caption_steps = caption_steps
-        self.by_task: dict[str, list[Sample]] = {}
-        for sample in split.samples:
-            self.by_task.setdefault(sample.task, []).append(sample)
-        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, task_shares)
+        self.first, self.turns = first, turns
+        self.later = Pool(split.samples, task_shares)
+        of_kinds = [s for s in split.samples if s.kind in first.kinds]
+        if first.steps and not of_kinds:
+            log.warning("no sample is of stage2.first.kinds (%s): all tasks from the start", ", ".join(first.kinds))
+        self.early = Pool(of_kinds, None) if of_kinds else self.later
 
     def __len__(self) -> int:
-        return sum(map(len, self.by_task.values()))
+        return len(self.split.samples)
 
     def batch(self, step: int, batch_size: int) -> Stage2Batch:
         chosen = [self._draw(step, slot) for slot in range(batch_size)]
@@ -88,21 +136,28 @@ class Stage2Data:
         )
 
     def _draw(self, step: int, slot: int) -> tuple[Sample, Texts, Texts, bool]:
+        """A sample, its questions, its answers, and whether the language model reads the picture's objects."""
         draw = rng(self.seed, "stage2", step, slot)
-        only_captions = step < self.caption_steps and "caption" in self.by_task
-        task = list(self.weights)[draw.choice(len(self.weights), p=list(self.weights.values()))]
-        if only_captions:
-            task = "caption"
-        sample = self.by_task[task][draw.integers(len(self.by_task[task]))]
-        image = self.split.images[sample.image_id]
-        choice = int(draw.integers(1 << 30))
-        with_spatial = self.spatial_text_in_llm and (task == "refer" or draw.random() >= self.without_spatial)
-        with_spatial = with_spatial and not only_captions
+        early = step < self.first.steps
+        samples = (self.early if early else self.later).draw(self.turns, draw)
+        without = self.first.without_spatial if early else self.without_spatial
+        boxes = any(s.task == "refer" for s in samples)
+        with_spatial = self.spatial_text_in_llm and (boxes or draw.random() >= without)
+        questions, answers = zip(*[turn for s in samples for turn in self._turns(s, draw)], strict=True)
+        return samples[0], questions, answers, with_spatial
+
+    def _turns(self, sample: Sample, draw: np.random.Generator) -> tuple[tuple[str, str], ...]:
+        """Question and answer; several of a dialogue."""
         if sample.task == "chat":
-            questions, answers = zip(*sample.turns, strict=True)
-            return sample, questions, answers, with_spatial
-        answer = target(sample, image.width, image.height, self.coordinate_format, choice)
-        return sample, instruction(sample), answer, with_spatial
+            return sample.turns
+        image, choice = self.split.images[sample.image_id], int(draw.integers(1 << 30))
+        return ((instruction(sample), target(sample, image.width, image.height, self.coordinate_format, choice)),)
+
+
+def _choose(weights: dict[str, float], draw: np.random.Generator) -> str:
+    """A task by its weight; the weights need not add up to 1."""
+    weight_T = np.array(list(weights.values()))
+    return list(weights)[draw.choice(len(weights), p=weight_T / weight_T.sum())]
 
 
 def without_target(samples: Sequence[Sample]) -> list[str]:

@@ -28,7 +28,7 @@ def test_both_read_prompts_of_the_same_length_and_rates_follow_from_the_times(mo
     size, batch, prompt, *figures = generate.answering("tiny", 2, 1)
     assert (size, batch, figures) == ("tiny", "2", ["16", "32", "0.50", "0.50", "2.0", "1.0", "2.00"])
     words = generate.tokenizer("tiny")
-    text = f"<s> {'image ' * 16} {' '.join(['umbrella 1 2 3 4 ;'] * 5)} question: {generate.QUESTION}"
+    text = f"<s> {'image ' * 8} {' '.join(['umbrella image 1 2 3 4 ;'] * 5)} question: {generate.QUESTION}"
     assert int(prompt) == len(words(text, add_special_tokens=False)["input_ids"])
 
 

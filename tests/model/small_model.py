@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lyrics.model.inputs import SeenImage, TextTokenizer
 from lyrics.model.language import PromptTemplate, add_lora
 from lyrics.model.lyrics import LyricsModel
-from lyrics.model.mq_former import MQFormer, MQFormerConfig
+from lyrics.model.mq_former import Grounding, MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
 
 SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] <s> </s> <image>"
@@ -40,15 +40,15 @@ def llama() -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def small_model() -> LyricsModel:
+def small_model(grounding: Grounding = "pooled") -> LyricsModel:
     words = tokenizer()
     torch.manual_seed(0)
     mq_former = MQFormer(
         MQFormerConfig(
             visual_queries=2, grounding_queries=2, hidden_size=16, layers=2, heads=2, intermediate_size=32,
             cross_attention_every=2, max_text_tokens=24, dropout=0.0, projection_size=8, detector_tokens=True,
-            segmenter_tokens=True, vocabulary_size=len(words), pad_token_id=0, image_width=10, detector_width=6,
-            segmenter_width=5, max_objects=4,
+            segmenter_tokens=True, grounding=grounding, vocabulary_size=len(words), pad_token_id=0, image_width=10,
+            detector_width=6, segmenter_width=5, max_objects=4,
         )
     )  # fmt: skip
     return LyricsModel(

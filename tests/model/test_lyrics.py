@@ -7,7 +7,7 @@ from small_model import ANSWERS, PICTURES, QUESTIONS, llama, seen, small_model, 
 from torch import Tensor
 
 from lyrics.model.inputs import SeenImage
-from lyrics.model.language import Conversation, Decoding, Layout, assemble
+from lyrics.model.language import WORD, Conversation, Decoding, Layout, assemble
 from lyrics.model.lyrics import LyricsModel, Read, Texts
 
 TEXTS = [p.spatial_text for p in PICTURES]
@@ -22,12 +22,7 @@ def model() -> LyricsModel:
 
 
 def conversations(model: LyricsModel) -> list[Conversation]:
-    def turns(texts: Texts) -> tuple[str, ...]:
-        return texts if isinstance(texts, tuple) else (texts,)
-
-    return [
-        model.template.conversation(turns(q), turns(a), text) for q, a, text in zip(ASKED, SAID, TEXTS, strict=True)
-    ]
+    return [model.conversation(q, a, text) for q, a, text in zip(ASKED, SAID, TEXTS, strict=True)]
 
 
 def gradients(model: LyricsModel, *losses: Tensor) -> dict[str, Tensor]:
@@ -43,11 +38,11 @@ def test_a_batch_loses_what_its_samples_lose(model: LyricsModel) -> None:
             float(model([q], [p], [a], [t])) for q, p, a, t in zip(QUESTIONS, PICTURES, ANSWERS, TEXTS, strict=True)
         ]
         lengths = [len(model.template.answer(a)) for a in ANSWERS]
-        by_samples = float(model(QUESTIONS, PICTURES, ANSWERS, TEXTS, "samples"))
+        by_answers = float(model(QUESTIONS, PICTURES, ANSWERS, TEXTS, "answers"))
         by_tokens = float(model(QUESTIONS, PICTURES, ANSWERS, TEXTS, "tokens"))
-    assert by_samples == pytest.approx(sum(alone) / 3, abs=1e-5)
+    assert by_answers == pytest.approx(sum(alone) / 3, abs=1e-5)
     assert by_tokens == pytest.approx(np.average(alone, weights=lengths), abs=1e-5)
-    assert abs(by_samples - by_tokens) > 1e-3
+    assert abs(by_answers - by_tokens) > 1e-3
 
 
 @torch.no_grad()
@@ -55,20 +50,20 @@ def test_every_answer_of_a_dialogue_is_predicted_from_what_came_before_it(model:
     """Token by token, each from its own prefix, with no mask, no labels and no padding."""
     expected, count = 0.0, 0
     for asked, picture, conversation in zip(ASKED, PICTURES, conversations(model), strict=True):
-        before, query, after = rows_of(model, [asked], [picture], conversation)
+        row_1SE = row_of(model, asked, picture, conversation)
         for start, stop in conversation.answers:
             for position in range(start, stop):
-                prefix = torch.cat([before, query, after[:, :position]], dim=1)
-                log_p_V = model.llm(inputs_embeds=prefix).logits[0, -1].log_softmax(-1)
-                expected, count = expected - float(log_p_V[conversation.after[position]]), count + 1
+                log_p_V = model.llm(inputs_embeds=row_1SE[:, :position]).logits[0, -1].log_softmax(-1)
+                expected, count = expected - float(log_p_V[conversation.ids[position]]), count + 1
     assert count == model.normaliser(SAID, "tokens") == sum(b - a for c in conversations(model) for a, b in c.answers)
     assert float(model(ASKED, PICTURES, SAID, TEXTS)) == pytest.approx(expected / count, abs=1e-5)
 
 
-def rows_of(model: LyricsModel, asked: list[Texts], seen: list[SeenImage], c: Conversation) -> tuple[Tensor, ...]:
-    embed = model.llm.get_input_embeddings()
-    before, after = (embed(torch.tensor([ids], dtype=torch.long)) for ids in (c.before, c.after))
-    return before, model.query_tokens(asked, seen), after
+def row_of(model: LyricsModel, asked: Texts, seen: SeenImage, c: Conversation) -> Tensor:
+    """row_1SE, position by position."""
+    embed, tokens_QE = model.llm.get_input_embeddings(), model.query_tokens([asked], [seen])[0]
+    places = zip(c.ids, c.queries, strict=True)
+    return torch.stack([embed(torch.tensor(i)) if q == WORD else tokens_QE[q] for i, q in places])[None]
 
 
 def test_the_queries_read_the_first_question_alone(model: LyricsModel) -> None:
@@ -84,15 +79,15 @@ def test_padding_side_and_packing_change_no_token_of_any_sample(model: LyricsMod
     tokens_BQE = model.query_tokens(ASKED, PICTURES)
 
     def losses(layout: Layout) -> list[list[float]]:
-        laid = assemble(conversations(model), tokens_BQE.shape[1], pad=model.template.pad, layout=layout)
-        loss_M, sample_M = model.token_losses(laid, tokens_BQE)
-        return [loss_M[sample_M == sample].tolist() for sample in range(3)]
+        laid = assemble(conversations(model), pad=model.template.pad, layout=layout)
+        loss_M, answer_M = model.token_losses(laid, tokens_BQE)
+        return [loss_M[answer_M == answer].tolist() for answer in range(6)]
 
     for found, expected in zip(losses(layout), losses("right"), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("average", ["tokens", "samples"])
+@pytest.mark.parametrize("average", ["tokens", "answers"])
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(model: LyricsModel, average: str) -> None:
     asked, pictures, said, texts = ASKED * 2, PICTURES * 2, SAID * 2, TEXTS * 2
     rows: list[int] = []
@@ -109,7 +104,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(model: Lyric
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("average", ["tokens", "samples"])
+@pytest.mark.parametrize("average", ["tokens", "answers"])
 def test_parts_of_a_batch_with_the_joint_total_sum_to_it(model: LyricsModel, average: str) -> None:
     whole = model(ASKED, PICTURES, SAID, TEXTS, average)
     expected = gradients(model, whole)
@@ -139,8 +134,7 @@ def test_activation_checkpointing_of_the_language_model_changes_no_gradient(mode
 @torch.no_grad()
 def uncached(model: LyricsModel, question: str, picture: SeenImage, limit: int) -> str:
     """Greedy, with the whole sequence through the model for every token."""
-    conversation = model.template.conversation([question], [], picture.spatial_text)
-    inputs = torch.cat(rows_of(model, [question], [picture], conversation), dim=1)
+    inputs = row_of(model, question, picture, model.conversation(question, (), picture.spatial_text))
     ids: list[int] = []
     while len(ids) < limit and ids[-1:] != [model.template.end]:
         ids.append(int(model.llm(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax()))
@@ -170,9 +164,9 @@ def test_beams_as_many_as_words_find_the_likeliest_pair_of_tokens(model: LyricsM
     """With two tokens to go and a beam for every word the search is exhaustive."""
     size = model.llm.get_input_embeddings().weight.shape[0]
     found = model.generate(QUESTIONS[:1], PICTURES[:1], max_new_tokens=2, decoding=Decoding(num_beams=size))
-    conversation = model.template.conversation(QUESTIONS[:1], [], TEXTS[0])
+    conversation = model.conversation(QUESTIONS[0], (), TEXTS[0])
     with torch.no_grad():
-        inputs_1SE = torch.cat(rows_of(model, QUESTIONS[:1], PICTURES[:1], conversation), dim=1)
+        inputs_1SE = row_of(model, QUESTIONS[0], PICTURES[0], conversation)
         words_V1E = model.llm.get_input_embeddings()(torch.arange(size))[:, None]
         first_V = model.llm(inputs_embeds=inputs_1SE).logits[0, -1].log_softmax(-1)
         both = model.llm(inputs_embeds=torch.cat([inputs_1SE.expand(size, -1, -1), words_V1E], dim=1)).logits[:, -1]
@@ -200,9 +194,9 @@ def test_draws_follow_their_seed_and_leave_the_global_state_alone(model: LyricsM
 def test_the_next_answer_of_a_dialogue_reads_what_was_said(model: LyricsModel) -> None:
     asked, said = [(QUESTIONS[0], "is the cup red ?")], [("red",)]
     found = model.generate(asked, PICTURES[:1], said=said, max_new_tokens=6)
-    conversation = model.template.conversation(asked[0], said[0], TEXTS[0])
+    conversation = model.conversation(asked[0], said[0], TEXTS[0])
     with torch.no_grad():
-        inputs = torch.cat(rows_of(model, [QUESTIONS[0]], PICTURES[:1], conversation), dim=1)
+        inputs = row_of(model, QUESTIONS[0], PICTURES[0], conversation)
         ids = model.llm.generate(inputs_embeds=inputs, max_new_tokens=6, do_sample=False, eos_token_id=7)
     assert found == [model.template.decode(ids[0].tolist())]
     assert found != model.generate([asked[0][1]], PICTURES[:1], max_new_tokens=6)

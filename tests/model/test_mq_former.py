@@ -24,6 +24,7 @@ CONFIG = MQFormerConfig(
     projection_size=8,
     detector_tokens=True,
     segmenter_tokens=True,
+    grounding="pooled",
     vocabulary_size=30,
     pad_token_id=0,
     image_width=10,
@@ -111,6 +112,33 @@ def test_visual_queries_see_the_picture_and_grounding_queries_the_objects() -> N
     assert on_image.abs().sum() > 0 and (on_objects is None or on_objects.abs().sum() == 0)
     on_image, on_objects = torch.autograd.grad((grounding * weights).sum(), [image, detector], allow_unused=True)
     assert (on_image is None or on_image.abs().sum() == 0) and on_objects.abs().sum() > 0
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+def test_each_grounding_query_sees_its_own_objects_alone(lanes: bool) -> None:
+    """Query g of G at objects g, g + G …; in one layer, for queries see each other."""
+    mq_former = model(layers=1, grounding="per_object")
+    image, local = pictures(batch=2, objects=4)
+    features = [local.detector_BND.requires_grad_(), local.segmenter_BND.requires_grad_()]
+    memory = mq_former.look(image, local)
+    if lanes:
+        memory = memory.index(torch.tensor([1, 1]))
+    query_PQD, _ = mq_former("contrastive", memory, cross_query=False)
+    for query, own in ((0, [0, 3]), (1, [1]), (2, [2])):
+        target = (query_PQD[-1, CONFIG.visual_queries + query] * torch.linspace(-1, 2, CONFIG.hidden_size)).sum()
+        for gradient in torch.autograd.grad(target, features, retain_graph=True):
+            assert gradient[1].abs().sum(-1).nonzero().flatten().tolist() == own
+            assert not gradient[0].any()
+
+
+def test_a_query_without_an_object_of_its_own_sees_nothing() -> None:
+    mq_former = model(grounding="per_object")
+    image, one = pictures(objects=1)
+    found, _ = mq_former("contrastive", mq_former.look(image, one), cross_query=False)
+    none, _ = mq_former("contrastive", mq_former.look(image, pictures(objects=0)[1]), cross_query=False)
+    assert found.isfinite().all() and not torch.allclose(
+        found[:, CONFIG.visual_queries], none[:, CONFIG.visual_queries]
+    )
 
 
 def masked_objects() -> LocalFeatures:

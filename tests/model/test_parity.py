@@ -37,8 +37,8 @@ from lyrics.model.mq_former_weights import load_bert, load_qformer
 CONFIG = MQFormerConfig(
     visual_queries=3, grounding_queries=0, hidden_size=16, layers=3, heads=2, intermediate_size=24,
     cross_attention_every=2, max_text_tokens=12, dropout=0.0, projection_size=5, detector_tokens=True,
-    segmenter_tokens=True, vocabulary_size=20, pad_token_id=0, image_width=8, detector_width=6, segmenter_width=4,
-    max_objects=4,
+    segmenter_tokens=True, grounding="pooled", vocabulary_size=20, pad_token_id=0, image_width=8, detector_width=6,
+    segmenter_width=4, max_objects=4,
 )  # fmt: skip
 GROUNDED = dataclasses.replace(CONFIG, grounding_queries=2)
 LOCAL = LocalFeatures(

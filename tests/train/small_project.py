@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lyrics import io
 from lyrics.compose import compose
-from lyrics.config import CONFIG_PATH, Config, Lora, Optimizer, parse
+from lyrics.config import CONFIG_PATH, Config, First, Lora, Optimizer, parse
 from lyrics.data.records import Sample
 from lyrics.foundation import llm, manifest
 from lyrics.foundation.tokenizer import train_wordpiece
@@ -66,6 +66,7 @@ def configuration(*, steps: int = STEPS, dropout: float = 0.0, checkpoint_every:
             projection_size=16,
             detector_tokens=True,
             segmenter_tokens=True,
+            grounding="per_object",
         ),
         stage1=dataclasses.replace(
             config.stage1,
@@ -83,9 +84,10 @@ def configuration(*, steps: int = STEPS, dropout: float = 0.0, checkpoint_every:
             batch_size=6,
             spatial_text="llm",
             task_shares={"caption": 0.3, "vqa": 0.4, "refer": 0.3},
-            caption_steps=5,
+            first=First(steps=5, kinds=("caption",), without_spatial=1.0),
+            turns=2,
             without_spatial=0.4,
-            loss_average="samples",
+            loss_average="answers",
             lora=Lora(rank=4, alpha=8, dropout=dropout, target_modules=("q_proj", "v_proj")),
             projection_lr=2e-3,
             lora_lr=2e-3,

@@ -17,7 +17,7 @@ from lyrics.train.stage1 import new_mq_former
 SIZES = config.MQFormer(
     visual_queries=2, grounding_queries=2, hidden_size=16, layers=2, heads=2, intermediate_size=24,
     cross_attention_every=2, max_text_tokens=12, dropout=0.0, projection_size=5, detector_tokens=True,
-    segmenter_tokens=True,
+    segmenter_tokens=True, grounding="pooled",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lyrics.data.records import Sample
 from lyrics.errors import InputError
-from lyrics.train.stage2_batches import Stage2Data, mixing_weights
+from lyrics.train.stage2_batches import NO_FIRST, First, Stage2Data, mixing_weights
 
 
 def test_without_shares_tasks_mix_by_the_square_root_of_their_size() -> None:
@@ -31,10 +31,13 @@ SAMPLES = (
 )
 
 
+CAPTIONS = First(3, ("caption",), without_spatial=1.0)
+
+
 def data(samples: tuple[Sample, ...] = SAMPLES, **changes: Any) -> Stage2Data:
     image = SimpleNamespace(width=10, height=10, spatial_text="cup 0 0 50 50;")
     split: Any = SimpleNamespace(samples=list(samples), images={"1": image}, seen=lambda image_id: image_id)
-    settings = {"task_shares": None, "without_spatial": 0.5, "spatial_text_in_llm": True, "caption_steps": 3, "seed": 0}
+    settings = {"task_shares": None, "without_spatial": 0.5, "spatial_text_in_llm": True, "first": CAPTIONS, "seed": 0}
     return Stage2Data(split, coordinate_format="grid100", **{**settings, **changes})
 
 
@@ -50,10 +53,10 @@ def test_data_without_captions_begins_with_its_tasks() -> None:
 
 
 def test_boxes_are_asked_for_with_the_spatial_text_and_the_rest_half_of_the_time() -> None:
-    batch = data(caption_steps=0).batch(0, 200)
+    batch = data(first=NO_FIRST).batch(0, 200)
     shown = {i: [bool(t) for n, t in zip(batch.ids, batch.spatial_texts, strict=True) if n == i] for i in "cvr"}
     assert all(shown["r"]) and 0.3 < sum(shown["c"] + shown["v"]) / len(shown["c"] + shown["v"]) < 0.7
-    assert not any(data(caption_steps=0, spatial_text_in_llm=False).batch(0, 40).spatial_texts)
+    assert not any(data(first=NO_FIRST, spatial_text_in_llm=False).batch(0, 40).spatial_texts)
 
 
 def test_a_dialogue_is_learnt_whole() -> None:
@@ -62,3 +65,29 @@ def test_a_dialogue_is_learnt_whole() -> None:
     batch = data((chat,)).batch(3, 2)
     assert batch.instructions == [("What is there?", "Tell me more.")] * 2
     assert batch.answers == [("A cup.", "It is red.")] * 2
+
+
+def test_the_first_steps_draw_from_their_kinds_with_a_share_of_their_own() -> None:
+    batch = data(first=First(1, ("colour",), without_spatial=0.0), without_spatial=1.0, turns=3).batch(0, 20)
+    assert set(batch.ids) == {"v"} and set(batch.answers) == {("red",)} and all(batch.spatial_texts)
+
+
+def test_questions_about_a_picture_make_one_sample_and_none_comes_twice() -> None:
+    again = Sample(**{**vars(SAMPLES[1]), "sample_id": "w"})  # the same question under another id
+    other = Sample(sample_id="x", image_id="2", task="vqa", kind="count", question="How many?", references=("1",))
+    found = data((*SAMPLES, again, other), first=NO_FIRST, turns=4)
+    found.split.images["2"] = found.split.images["1"]
+    seen = set()
+    for step in range(10):
+        batch = found.batch(step, 20)
+        for sample, asked, said in zip(batch.ids, batch.instructions, batch.answers, strict=True):
+            seen.add((sample, frozenset(asked)))
+            assert len(asked) == len(said) == len(set(asked))
+    both = frozenset({"What color?", "Where is the cup?"})
+    assert seen == {
+        ("c", frozenset({"Describe the image."})),
+        ("v", both),
+        ("w", both),
+        ("r", both),
+        ("x", frozenset({"How many?"})),
+    }
