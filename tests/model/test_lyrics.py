@@ -7,7 +7,7 @@ from small_model import ANSWERS, PICTURES, QUESTIONS, llama, seen, small_model, 
 from torch import Tensor
 
 from lyrics.model.inputs import SeenImage
-from lyrics.model.language import WORD, Conversation, Decoding, Layout, assemble
+from lyrics.model.language import OBJECT, WORD, Conversation, Decoding, Layout, assemble
 from lyrics.model.lyrics import LyricsModel, Read, Texts
 
 TEXTS = [p.spatial_text for p in PICTURES]
@@ -64,6 +64,20 @@ def row_of(model: LyricsModel, asked: Texts, seen: SeenImage, c: Conversation) -
     embed, tokens_QE = model.llm.get_input_embeddings(), model.query_tokens([asked], [seen])[0]
     places = zip(c.ids, c.queries, strict=True)
     return torch.stack([embed(torch.tensor(i)) if q == WORD else tokens_QE[q] for i, q in places])[None]
+
+
+@pytest.mark.parametrize(
+    ("told", "beside"), [(None, [2, 3, 2]), ([2], [2])], ids=["every object, as queries turn", "the third alone"]
+)
+def test_a_token_stands_beside_the_objects_of_its_query(told: list[int] | None, beside: list[int]) -> None:
+    text = "star 1 2 3 4; cup 1 2 3 4; star 1 2 3 4;" if told is None else "star 1 2 3 4;"
+    marked, first, found = small_model("per_object").shown(text, told)
+    assert (marked, list(first), list(found)) == (text.replace(" 1", f"{OBJECT} 1"), [0, 1], beside)
+
+
+def test_without_a_text_all_tokens_come_first() -> None:
+    assert [list(part) for part in small_model("per_object").shown("")] == [[], [0, 1, 2, 3], []]
+    assert list(small_model("pooled").shown("star 1 2 3 4;")[1]) == [0, 1, 2, 3]
 
 
 def test_the_queries_read_the_first_question_alone(model: LyricsModel) -> None:

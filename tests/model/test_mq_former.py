@@ -132,13 +132,16 @@ def test_each_grounding_query_sees_its_own_objects_alone(lanes: bool) -> None:
 
 
 def test_a_query_without_an_object_of_its_own_sees_nothing() -> None:
-    mq_former = model(grounding="per_object")
+    mq_former = model(layers=1, grounding="per_object")
     image, one = pictures(objects=1)
     found, _ = mq_former("contrastive", mq_former.look(image, one), cross_query=False)
     none, _ = mq_former("contrastive", mq_former.look(image, pictures(objects=0)[1]), cross_query=False)
     assert found.isfinite().all() and not torch.allclose(
         found[:, CONFIG.visual_queries], none[:, CONFIG.visual_queries]
     )
+    for query_D in none[0, CONFIG.visual_queries :]:
+        told = (query_D * torch.linspace(-1, 2, CONFIG.hidden_size)).sum()
+        assert torch.autograd.grad(told, mq_former.local_tokens.nothing, retain_graph=True)[0].any()
 
 
 def masked_objects() -> LocalFeatures:
