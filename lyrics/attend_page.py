@@ -195,17 +195,17 @@ def language(examination: Examination, names: list[str]) -> Table:
         for token, shares_K in zip(examination.tokens, shares_MK, strict=True)
     ]
     return Table(
-        caption="Share of the language model's attention, %", columns=_span_names(examination, names), rows=rows
+        caption="Share of the language model's attention, %", columns=_place_names(examination, names), rows=rows
     )
 
 
 def language_by_layer(examination: Examination, names: list[str]) -> Table:
     shares_YK = examination.language_YMK.mean(1)
     rows = [Row(name=f"layer {n}", cells=_shares_and_rest(shares_K)) for n, shares_K in enumerate(shares_YK)]
-    return Table(caption="By layer, mean over the answer, %", columns=_span_names(examination, names), rows=rows)
+    return Table(caption="By layer, mean over the answer, %", columns=_place_names(examination, names), rows=rows)
 
 
-def _span_names(examination: Examination, names: list[str]) -> list[str]:
+def _place_names(examination: Examination, names: list[str]) -> list[str]:
     parts = examination.places[: len(examination.places) - examination.object_places]
     return [*parts, *names[: examination.object_places], "question and template"]
 

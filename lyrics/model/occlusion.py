@@ -138,10 +138,8 @@ def prompt_places(
     model: LyricsModel, question: str, seen: SeenImage, answer_tokens: int
 ) -> tuple[list[Places], list[Places]]:
     """Where the language model reads what: start, query tokens, answer; and each object (none if it reads no text)."""
-    prompt, visual = (
-        model.conversation(question, (), seen.spatial_text, seen.told),
-        model.mq_former.config.visual_queries,
-    )
+    prompt = model.conversation(question, (), seen.spatial_text, seen.told)
+    visual = model.mq_former.config.visual_queries
     numbered = list(enumerate(prompt.queries))
     start, answer = next(i for i, query in numbered if query != WORD), len(prompt.ids)
     parts = [
