@@ -19,12 +19,13 @@ from torch import Tensor
 
 from lyrics.attend import Examination
 from lyrics.drawing import object_colour
-from lyrics.model.occlusion import WAYS
+from lyrics.model.occlusion import WAYS, Way
 
 _HERE = Path(__file__).parent
 _MAX_SIDE_PX = 768
 _QUALITY = 85
 _SHADE_FULL = 0.5  # the share of attention that is shaded darkest
+_LACKING: dict[Way, str] = {"local tokens": "local tokens", "spatial text": "spatial text", "both": "tokens and text"}
 _LITTLE = 0.1  # nats: a tenth less probable
 _MOST_FOLD = 1000
 _DROP_FULL = 3.0  # nats: e⁻³ is a twentieth
@@ -109,24 +110,25 @@ def verdict(examination: Examination, names: list[str]) -> str | None:
     """Which object matters most, in one sentence; None without objects."""
     if not names:
         return None
-    drops = [leaning.drops[-1] for leaning in examination.leanings]
-    first = int(np.argmax(drops))
-    if drops[first] < _LITTLE:
+    # What an object's tokens told may hide while its text is gone as well: the way that costs most counts.
+    drops_N3 = np.array([leaning.drops for leaning in examination.leanings])
+    first, way = np.unravel_index(drops_N3.argmax(), drops_N3.shape)
+    nats = float(drops_N3[first, way])
+    if nats < _LITTLE:
         return "Taking away any single object hardly lowers the answer's probability."
-    most = drops[first] > math.log(_MOST_FOLD)
-    times = f"more than {_MOST_FOLD}" if most else f"{math.exp(drops[first]):.1f}"
+    times = f"more than {_MOST_FOLD}" if nats > math.log(_MOST_FOLD) else f"{math.exp(nats):.1f}"
     return (
-        f"The answer leaned most on {names[first]}: without it, the answer is {times} times less probable "
-        f"({drops[first]:.2f} nats)."
+        f"The answer leaned most on {names[first]}: without its {_LACKING[WAYS[way]]}, the answer is {times} times "
+        f"less probable ({nats:.2f} nats)."
     )
 
 
 def leaned(examination: Examination, names: list[str]) -> Table:
-    """Objects × (drop without each way, attention of the language model, attention of the grounding queries)."""
+    """Objects × (drop without each way, attention of the language model, most attention of a grounding query)."""
     columns = [*(f"drop without {way}" for way in WAYS)]
     attention_K = examination.language_YMK.mean((0, 1))
     read = examination.object_places > 0
-    looked = [weights_GL.mean(0) for weights_GL in examination.grounding.values()]
+    looked = [weights_GL.max(0).values for weights_GL in examination.grounding.values()]
     rows = []
     for n, (name, leaning) in enumerate(zip(names, examination.leanings, strict=True)):
         cells = [_drop(value) for value in leaning.drops]
@@ -141,7 +143,7 @@ def leaned(examination: Examination, names: list[str]) -> Table:
         blank = [Cell(text="")] * (read + bool(looked))
         cells = [*(_drop(value) for value in leaning.drops), *blank, Cell(text=leaning.answer, words=True)]
         rows.append(Row(name="all objects", cells=cells, total=True))
-    columns += ["attention to its text"] * read + ["grounding queries, last layer"] * bool(looked)
+    columns += ["attention to its text"] * read + ["most by a grounding query, last layer"] * bool(looked)
     return Table(caption="", columns=[*columns, "answer without it"], rows=rows)
 
 

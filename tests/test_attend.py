@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lyrics.attend as attending
 from lyrics.attend import attend, examine
-from lyrics.attend_page import box_cover, object_names, render, verdict
+from lyrics.attend_page import box_cover, leaned, object_names, render, verdict
 from lyrics.errors import InputError
 from lyrics.inference import Lyrics
 from lyrics.model.attention_maps import recording
@@ -290,18 +290,36 @@ def test_queries_read_the_question_and_the_objects_apart(picture: Image.Image) -
 
 
 @pytest.mark.parametrize(
-    ("drops", "says"),
+    ("worst", "way", "says"),
     [
-        ((0.05, -3.0, 0.0), "Taking away any single object hardly lowers"),
-        ((0.1, np.log(2), 0.0), "leaned most on cup 2: without it, the answer is 2.0 times less probable (0.69 nats)"),
-        ((7.5, 0.0, 0.0), "leaned most on star 1: without it, the answer is more than 1000 times less probable"),
+        ((0.05, -3.0, 0.0), 2, "Taking away any single object hardly lowers"),
+        (
+            (0.1, np.log(2), 0.0),
+            2,
+            "leaned most on cup 2: without its tokens and text, the answer is 2.0 times less probable (0.69 nats)",
+        ),
+        ((0.1, 1.81, 0.0), 0, "leaned most on cup 2: without its local tokens, the answer is 6.1 times less probable"),
+        ((7.5, 0.0, 0.0), 1, "star 1: without its spatial text, the answer is more than 1000 times less probable"),
     ],
 )
-def test_the_verdict_is_that_of_taking_both_away(picture: Image.Image, drops: tuple[float, ...], says: str) -> None:
+def test_the_verdict_is_that_of_the_way_that_costs_most(
+    picture: Image.Image, worst: tuple[float, ...], way: int, says: str
+) -> None:
     found = examine(small(), picture, QUESTION)
-    pairs = zip(found.leanings, drops, strict=True)
-    leanings = [dataclasses.replace(one, drops=(9.0, 9.0, drop)) for one, drop in pairs]
+    leanings = [
+        dataclasses.replace(one, drops=tuple(drop if n == way else -9.0 for n in range(3)))
+        for one, drop in zip(found.leanings, worst, strict=True)
+    ]
     assert says in verdict(dataclasses.replace(found, leanings=leanings), object_names(found))
+
+
+def test_an_object_shows_the_query_that_looks_at_it_most(picture: Image.Image) -> None:
+    found = examine(small(), picture, QUESTION)
+    last_GL = list(found.grounding.values())[-1]
+    table = leaned(found, object_names(found))
+    column = table.columns.index("most by a grounding query, last layer")
+    shown = [row.cells[column].text for row in table.rows if not row.total]
+    assert shown == [f"{100 * float(last_GL[:, n + 1].max()):.1f}" for n in range(len(shown))]
 
 
 def test_a_box_covers_its_part_of_each_patch() -> None:

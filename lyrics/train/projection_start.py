@@ -15,7 +15,7 @@ from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
 from lyrics.model.language import PromptTemplate
 from lyrics.model.lyrics import LyricsModel
-from lyrics.train.stage2_batches import Stage2Data
+from lyrics.train.stage2_batches import Stage2Data, not_finite
 
 _SAMPLES = 256
 _CAPTIONED = 2000
@@ -68,7 +68,7 @@ def _unsaid(template: PromptTemplate, captions: Sequence[str], tags: Sequence[st
 
 
 def _check(ids: Sequence[str], seen: Sequence[SeenImage]) -> None:
-    if damaged := sorted({i for i, picture in zip(ids, seen, strict=True) if not picture.is_finite()}):
+    if damaged := not_finite(ids, seen):
         raise InputError(
             f"The features of {', '.join(damaged)} are not finite; make them again with: python -m lyrics refine"
         )

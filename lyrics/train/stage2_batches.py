@@ -50,8 +50,12 @@ class Stage2Batch:
         return Stage2Batch(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
     def not_finite(self) -> list[str]:
-        """Ids of the samples whose features are not."""
-        return sorted({i for i, seen in zip(self.ids, self.seen, strict=True) if not seen.is_finite()})
+        return not_finite(self.ids, self.seen)
+
+
+def not_finite(ids: Sequence[str], seen: Sequence[SeenImage]) -> list[str]:
+    """Ids of the samples whose features are not."""
+    return sorted({i for i, picture in zip(ids, seen, strict=True) if not picture.is_finite()})
 
 
 @dataclasses.dataclass(frozen=True)
