@@ -154,7 +154,7 @@ class Objectives(nn.Module):
         return torch.cat(logits), torch.cat(matched)
 
     def _matching_parts(self, batch: Stage1Batch) -> int:
-        """Judged by the joint batch's own pairs: FSDP2 gathers in each part, so all ranks need as many. None is empty."""
+        """Judged by the pairs of the joint batch: FSDP2 gathers in each part, so all ranks need as many, none empty."""
         config = self.mq_former.config
         pairs = zip(batch.caption_rows, batch.spatial_rows, strict=True)
         lengths = sorted(min(3 + len(caption) + len(spatial), config.max_text_tokens) for caption, spatial in pairs)

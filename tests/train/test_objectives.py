@@ -120,27 +120,27 @@ def test_itm_of_each_pair_and_of_a_hard_negative_each_way(objectives: Objectives
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_pairs_are_split_by_length_where_it_spares_padding_and_the_loss_is_the_same(
     objectives: Objectives, batch: Stage1Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    similar = similarities(objectives, batch)
-    found = {}
+    similar, plain = similarities(objectives, batch), objectives.mq_former.forward
+    calls: list[str] = []
+    monkeypatch.setattr(objectives.mq_former, "forward", lambda *a, **k: calls.append(a[0]) or plain(*a, **k))
     for longest, passes in ((0, 1), (40, 3)):
         texts = [[5] * (longest * (row == 0)) for row in range(len(batch.ids))]
         changed = dataclasses.replace(batch, spatial_rows=texts, caption_rows=[row[:2] for row in batch.caption_rows])
-        calls = []
+        looked = objectives.look(changed)
+        calls.clear()
+        loss = losses.matching_loss(*objectives.matching_logits(changed, looked, *similar))
+        assert calls == ["matching"] * passes
         with monkeypatch.context() as patch:
-            plain = objectives.mq_former.forward
-            patch.setattr(objectives.mq_former, "forward", lambda *a, **k: calls.append(a) or plain(*a, **k))
-            looked = objectives.look(changed)
-            found[longest] = losses.matching_loss(*objectives.matching_logits(changed, looked, *similar))
-            assert len(calls) == passes
             patch.setattr("lyrics.train.objectives.WORTH_PARTS", 0.0 if passes == 1 else 99.0)
-            other = losses.matching_loss(*objectives.matching_logits(changed, looked, *similar))
-        torch.testing.assert_close(other, found[longest])
+            torch.testing.assert_close(
+                losses.matching_loss(*objectives.matching_logits(changed, looked, *similar)), loss
+            )
 
 
+@torch.no_grad()
 def test_no_negative_shares_picture_or_caption(objectives: Objectives, batch: Stage1Batch) -> None:
     ways = similarities(objectives, batch)
     for value in np.linspace(0, 0.999, 50):
