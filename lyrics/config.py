@@ -17,6 +17,13 @@ from lyrics.errors import InputError
 CONFIG_PATH = Path("build/config.yaml")
 PARAMS = Path("params")
 _FORBID = ConfigDict(extra="forbid")
+Split = Literal["foundation", "web", "instruct", "val", "test", "test_ood"]
+# fmt: off
+Format = Literal[
+    "webdataset", "url_list", "coco", "flickr", "visual_genome", "vqa", "aokvqa", "gqa", "vizwiz", "textvqa", "vsr",
+    "scienceqa", "refcoco_lines", "refer", "llava", "llava_lines", "pope", "mme",
+]
+# fmt: on
 # What a value may be; a value outside is refused with its name before any stage starts.
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
@@ -63,16 +70,36 @@ class World:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
-class Data:
-    """Where raw data comes from: the embedded world, or a folder of COCO-format splits.
+class FileSet:
+    """One data set in a public format (docs/formats.md); paths are relative to `data.folder`.
 
-    `splits` maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
-    instances.json. `max_images` keeps that many images of each split (None: all).
+    `annotations` is the second file of formats that have two. `part` is the split to take where a file holds several.
+    `named_by` says how pictures of a list of addresses are named. `name` is what mixing and provenance call the set
+    (None: its format).
     """
 
-    source: Literal["world", "coco"]
+    format: Format
+    path: str
+    split: Split
+    images: str | None = None
+    annotations: str | None = None
+    part: str | None = None
+    named_by: Literal["row", "key", "url", "file"] | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID)
+class Data:
+    """Where raw data comes from: the embedded world, a folder of COCO-format splits, or data sets in public formats.
+
+    `splits` (coco) maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
+    instances.json. `sets` (files) names data sets. `max_images` keeps that many images of each split (None: all).
+    """
+
+    source: Literal["world", "coco", "files"]
     folder: str | None
     splits: dict[str, str]
+    sets: tuple[FileSet, ...]
     max_images: Count | None
 
 
@@ -372,9 +399,10 @@ def parse(values: dict[str, Any]) -> Config:
 
 def _check(config: Config) -> None:
     """Cross-field rules: each names the fields and the cure."""
-    if config.data.source == "coco" and not config.data.folder:
+    if config.data.source != "world" and not config.data.folder:
         raise InputError(
-            "data.source is coco but data.folder is empty; name a folder, e.g. make run data=photos folder=PATH"
+            f"data.source is {config.data.source} but data.folder is empty; name a folder, e.g. make run data=photos "
+            "folder=PATH"
         )
     known = [field.name for field in dataclasses.fields(SceneCounts)]
     if unknown := sorted(set(config.data.splits) - set(known)):

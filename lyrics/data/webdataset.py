@@ -14,22 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lyrics.data.files import decode
+from lyrics.data.files import MAX_IMAGE_BYTES, decode, is_safe_name
+from lyrics.data.records import Rejected
+from lyrics.data.streams import MAX_RECORD_BYTES, Unpacked, parse
 from lyrics.errors import InputError
 from lyrics.io import atomic_path
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_SUFFIX_LIMITS = {**dict.fromkeys(_IMAGE_SUFFIXES, MAX_IMAGE_BYTES), "txt": 1 << 20, "json": MAX_RECORD_BYTES}
 _MEMBER = "::"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WebPair:
-    """One pair as stored; `None` for what its tar lacks."""
+    """One pair as stored; `None` for what its tar lacks. `offset`: the byte of its first header in the tar."""
 
     key: str
     image_bytes: bytes | None
     caption: str | None
     meta: dict[str, Any]
+    offset: int = 0
 
 
 def read_pairs(tar: Path) -> Iterator[WebPair]:
@@ -38,39 +42,95 @@ def read_pairs(tar: Path) -> Iterator[WebPair]:
     Raises:
         InputError: if the file is no readable tar.
     """
-    key: str | None = None
+    return (item for item in each(tar) if isinstance(item, WebPair))
+
+
+def each(tar: Path) -> Iterator[WebPair | Rejected]:
+    """`read_pairs`, with the members that are set aside: their place is the byte of their header in the (unpacked) tar.
+
+    Nothing is written anywhere, no link is followed, and no member is held that nobody asks for.
+
+    Raises:
+        InputError: if the file is no readable tar, after what could be read of it.
+    """
+    key, place = "", 0
     parts: dict[str, bytes] = {}
+    for member, content in _members(tar):
+        reason = _fault(member)
+        if reason is None and content is not None:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            name = f"{folder}/{stem}" if folder else stem
+            if name != key:
+                if parts:
+                    yield _pair(key, parts, place)
+                key, place, parts = name, member.offset, {}
+            if suffix.lower() not in parts:
+                parts[suffix.lower()] = content
+                continue
+            reason = f"repeated member: {member.name[:80]!r}"
+        if reason is not None:
+            yield Rejected(source=str(tar), record=f"byte {member.offset}", reason=reason)
+    if parts:
+        yield _pair(key, parts, place)
+
+
+class _Cautious(io.BufferedReader):
+    """Refuses to hold what no member of ours needs: an extended header may claim gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_IMAGE_BYTES + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Headers, with the content of those that belong to a pair."""
+    last = -1
     try:
-        with tarfile.open(tar) as opened:
-            for member in opened:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
-                if name != key:
-                    if key is not None:
-                        yield _pair(key, parts)
-                    key, parts = name, {}
-                extracted = opened.extractfile(member)
-                assert extracted is not None
-                parts[suffix.lower()] = extracted.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{tar} is not a readable tar: {error}; write or download it again") from None
-    if key is not None:
-        yield _pair(key, parts)
+        with _Cautious(Unpacked(tar)) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            while (member := opened.next()) is not None:
+                opened.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if member.offset <= last:
+                    raise tarfile.ReadError(f"the member at byte {last} points backwards")
+                last = member.offset
+                extracted = opened.extractfile(member) if _is_part(member) and _fault(member) is None else None
+                yield member, None if extracted is None else extracted.read()
+    except InputError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as e:
+        reached = f" after byte {last}" if last >= 0 else ""
+        raise InputError(f"{tar} is not a readable tar{reached}: {e}; write or download it again") from None
 
 
-def _pair(key: str, parts: dict[str, bytes]) -> WebPair:
+def _is_part(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and member.name.rpartition("/")[2].partition(".")[2].lower() in _SUFFIX_LIMITS
+
+
+def _fault(member: tarfile.TarInfo) -> str | None:
+    """Why a member is set aside. Folders and files of other kinds are no fault."""
+    if not is_safe_name(member.name):
+        return f"unsafe member name: {member.name[:80]!r}"
+    if member.issym() or member.islnk():
+        return f"link: {member.name[:80]!r} to {member.linkname[:80]!r}"
+    if member.isdev():
+        return f"device or pipe: {member.name[:80]!r}"
+    if member.issparse():
+        return f"sparse member: {member.name[:80]!r}"
+    if _is_part(member) and member.size > (limit := _SUFFIX_LIMITS[member.name.rpartition(".")[2].lower()]):
+        return f"member too large: {member.name[:80]!r} has {member.size} bytes, at most {limit} are read"
+    return None
+
+
+def _pair(key: str, parts: dict[str, bytes], place: int) -> WebPair:
+    """The caption is that of the text, else that of the metadata."""
     image = next((parts[suffix] for suffix in _IMAGE_SUFFIXES if suffix in parts), None)
     text = parts["txt"].decode("utf-8", errors="replace") if "txt" in parts else None
-    meta: Any = {}
-    if "json" in parts:
-        try:
-            meta = json.loads(parts["json"])
-        except ValueError:  # also a wrong encoding; the pair is usable without
-            meta = {}
-    return WebPair(key=key, image_bytes=image, caption=text, meta=meta if isinstance(meta, dict) else {})
+    meta = parse(parts["json"]) if "json" in parts else {}  # the pair is usable without
+    meta = meta if isinstance(meta, dict) else {}
+    if text is None and isinstance(meta.get("caption"), str):
+        text = meta["caption"]
+    return WebPair(key=key, image_bytes=image, caption=text, meta=meta, offset=place)
 
 
 def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:

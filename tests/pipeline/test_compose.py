@@ -43,7 +43,7 @@ def test_composing_twice_gives_the_same_bytes() -> None:
     ("changes", "message"),
     [
         ({"preset": "huge"}, r"preset 'huge' in params/run.yaml is unknown; choices: laptop, paper, tiny"),
-        ({"data": "mars"}, r"data 'mars' .* choices: photos, world"),
+        ({"data": "mars"}, r"data 'mars' .* choices: files, photos, world"),
         ({"overrides": {"stage2.stepz": 3}}, r"override stage2.stepz .* unknown key; keys there: .*steps"),
         ({"overrides": {"nothing.here": 3}}, r"override nothing.here .* unknown key; keys there: .*stage1"),
         ({"overrides": {"stage2.optimizer": 3}}, r"stage2.optimizer .* is a group of keys, not a value: .*lr"),
