@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import jpeg
+from small_files import jpeg, save, save_lines, tar_of
 
 from lyrics.config import Data, FileSet
 from lyrics.data import ingest
@@ -110,16 +110,13 @@ def everything(folder: Path) -> list[dict]:
         },
         {
             "format": "refcoco_lines",
-            "path": save(folder / "r.jsonl", lines, True),
+            "path": save_lines(folder / "r.jsonl", lines),
             "images": "images",
             "split": "instruct",
         },
         {
             "format": "llava",
-            "path": save(
-                folder / "chat.json",
-                [{"id": "a", "image": "coco/COCO_train2014_000000000001.jpg", "conversations": dialogue}],
-            ),
+            "path": save(folder / "chat.json", [{"id": "a", "image": f"coco/{first}", "conversations": dialogue}]),
             "images": "images",
             "split": "instruct",
             "name": "talks",
@@ -129,7 +126,7 @@ def everything(folder: Path) -> list[dict]:
         {"format": "flickr", "path": "tokens.txt", "images": "images/flickr", "split": "test"},
         {
             "format": "pope",
-            "path": save(folder / "coco_pope_random.json", asked, True),
+            "path": save_lines(folder / "coco_pope_random.json", asked),
             "images": "images",
             "split": "test",
         },
