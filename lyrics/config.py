@@ -307,6 +307,8 @@ class Stage2:
 
     `first`: the steps before all tasks are mixed.
 
+    `mix_by`: what is mixed, tasks or data sets (`data.sets`). `shares`: `sqrt` of their sizes, `as_given` (in
+    proportion to their sizes), or the share of each, scaled to those that the data has.
     `turns`: up to as many questions about a picture make one sample, as LLaVA-1.5 joins them.
     `projection_lr`, `lora_lr`: MQ-Former has that of `optimizer`.
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
@@ -322,7 +324,8 @@ class Stage2:
     activation_checkpointing: bool
     compile: bool
     spatial_text: Literal["llm", "mq_former"]
-    task_shares: dict[str, Fraction] | None
+    mix_by: Literal["task", "source"]
+    shares: Literal["sqrt", "as_given"] | dict[str, Fraction]
     first: First
     turns: Count
     without_spatial: Fraction
