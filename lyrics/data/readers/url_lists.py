@@ -92,7 +92,10 @@ def _delimited(path: Path) -> tuple[Columns, Iterator[tuple[str, Any]]]:
     """Columns and rows of a text file; tabs separate where the first line has one, else commas."""
     first = next((line for _, line in text_lines(path) if isinstance(line, str)), "")
     tabs = "\t" in first
-    head = first.split("\t") if tabs else next(csv.reader([first]), [])
+    try:
+        head = first.split("\t") if tabs else next(csv.reader([first]), [])
+    except csv.Error as error:
+        raise InputError(f"{path}: the first line is not CSV: {error}; write one row a line") from None
     columns, has_header = _columns(path, head)
     rows = _tab_rows(path) if tabs else _comma_rows(path)
     if has_header:
@@ -159,7 +162,7 @@ def _parquet(path: Path) -> tuple[Columns, Iterator[tuple[str, Any]]]:
     try:
         opened = pq.ParquetFile(path, buffer_size=1 << 20)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}; write or download it again") from None
+        raise _unreadable(path, 0, error) from None
     names = [field.name for field in opened.schema_arrow]
     columns = _titled([field.lower() for field in names])
     wanted = {what: names[i] for what, i in vars(columns).items() if i is not None}
@@ -180,4 +183,9 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
                 yield f"row {number}", [array[row].as_py() for array in arrays]
                 number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read after row {number}: {error}; write or download it again") from None
+        raise _unreadable(path, number, error) from None
+
+
+def _unreadable(path: Path, row: int, error: Exception) -> InputError:
+    why = " ".join(str(error).split())
+    return InputError(f"{path} is not a readable parquet file from row {row} on: {why}; write or download it again")
