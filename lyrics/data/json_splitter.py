@@ -113,8 +113,8 @@ class Splitter:
         """A comma or a closing bracket: the end of an element where it stands directly in the container."""
         at_its_level = len(self._stack) == self._depth_inside and (self._start is not None or self._skipped is not None)
         if at_its_level:
-            if self._skipped is not None:
-                size = self._base + start - self._skipped
+            began = self._base + self._start if self._start is not None else self._skipped or 0
+            if (size := self._base + start - began) > self.limit:
                 yield BadRecordError(f"record too long: {size} bytes, at most {self.limit} are read")
             elif token == b"," or self._buffer[self._start : start].strip():
                 yield self._buffer[self._start : start].strip()

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lyrics.data.records import Rejected
+from lyrics.data.records import Rejected, printable
 
 _SCHEMA = pa.schema([("source", pa.string()), ("record", pa.string()), ("reason", pa.string())])
 _ROWS_AT_ONCE = 10_000
@@ -26,7 +26,7 @@ class Ledger:
 
     def add(self, rejected: Rejected) -> None:
         self.reasons[rejected.reason.partition(":")[0]] += 1
-        row = {key: _printable(value) for key, value in vars(rejected).items()}
+        row = {key: printable(value) for key, value in vars(rejected).items()}
         self._rows.append(row | {"source": self._relative(rejected.source)})
         if len(self._rows) == _ROWS_AT_ONCE:
             self._write()
@@ -46,10 +46,4 @@ class Ledger:
     def _relative(self, source: str) -> str:
         path = Path(source)
         below = self._root is not None and path.is_relative_to(self._root)
-        return _printable(path.relative_to(self._root or "").as_posix() if below else source)
-
-
-def _printable(value: str) -> str:
-    """One line of UTF-8: file systems and files may name anything."""
-    text = value.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:1000])
+        return printable(path.relative_to(self._root or "").as_posix() if below else source)

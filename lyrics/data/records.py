@@ -205,6 +205,12 @@ def brief(value: object) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
 
 
+def printable(value: object) -> str:
+    """At most a thousand characters on one line: files, their names and libraries' messages may hold anything."""
+    text = " ".join(str(value).encode("utf-8", "backslashreplace").decode()[:1000].split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def numbers(value: object, count: int, what: str) -> tuple[float, ...]:
     """A list of so many finite numbers.
 

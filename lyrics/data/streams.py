@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lyrics.data.json_splitter import MalformedError, Splitter
-from lyrics.data.records import BadRecordError
+from lyrics.data.records import BadRecordError, printable
 from lyrics.errors import InputError
 
 MAX_RECORD_BYTES = 4 << 20
@@ -41,10 +41,19 @@ class Unpacked(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._inner is self._raw
+        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._inner.seek(offset, whence) if self.seekable() else super().seek(offset, whence)
+        """In a packed file only forwards, which unpacks what lies between."""
+        if self._inner is self._raw:
+            return self._raw.seek(offset, whence)
+        target = offset + (self.tell() if whence == io.SEEK_CUR else 0)
+        if whence == io.SEEK_END or target < self.tell():
+            raise io.UnsupportedOperation("a packed file is read forwards only")
+        buffer = bytearray(_CHUNK)
+        while (left := target - self.tell()) > 0 and self.readinto(memoryview(buffer)[:left]):
+            pass
+        return self.tell()
 
     def tell(self) -> int:
         return self._inner.tell()
@@ -53,7 +62,7 @@ class Unpacked(io.RawIOBase):
         try:
             content = self._inner.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{self._path} cannot be read: {error}") from None
+            raise InputError(f"{self._path} cannot be read: {printable(error)}") from None
         buffer[: len(content)] = content
         self._given += len(content)
         if self._given > _FREE_BYTES and self._given > MAX_EXPANSION * max(self._raw.tell(), 1):

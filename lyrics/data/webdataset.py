@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from lyrics.data.files import MAX_IMAGE_BYTES, decode, is_safe_name
-from lyrics.data.records import Rejected
+from lyrics.data.records import Rejected, printable
 from lyrics.data.streams import MAX_RECORD_BYTES, Unpacked, parse
 from lyrics.errors import InputError
 from lyrics.io import atomic_path
@@ -55,7 +55,11 @@ def each(tar: Path) -> Iterator[WebPair | Rejected]:
     """
     key, place = "", 0
     parts: dict[str, bytes] = {}
+    damage: InputError | None = None
     for member, content in _members(tar):
+        if isinstance(member, InputError):
+            damage = member
+            break
         reason = _fault(member)
         if reason is None and content is not None:
             folder, _, base = member.name.rpartition("/")
@@ -73,19 +77,24 @@ def each(tar: Path) -> Iterator[WebPair | Rejected]:
             yield Rejected(source=str(tar), record=f"byte {member.offset}", reason=reason)
     if parts:
         yield _pair(key, parts, place)
+    if damage is not None:
+        raise damage
 
 
 class _Cautious(io.BufferedReader):
-    """Refuses to hold what no member of ours needs: an extended header may claim gigabytes."""
+    """Refuses to hold what no member of ours needs: an extended header may claim gigabytes. `last` was read last."""
+
+    last = b""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_IMAGE_BYTES + tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+        self.last = super().read(size)
+        return self.last
 
 
-def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Headers, with the content of those that belong to a pair."""
+def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo | InputError, bytes | None]]:
+    """Headers, with the content of those that belong to a pair; at the end what is wrong with the tar, if anything."""
     last = -1
     try:
         with _Cautious(Unpacked(tar)) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
@@ -96,11 +105,13 @@ def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                 last = member.offset
                 extracted = opened.extractfile(member) if _is_part(member) and _fault(member) is None else None
                 yield member, None if extracted is None else extracted.read()
-    except InputError:
-        raise
+            if stream.last.strip(b"\0"):  # tarfile takes any block that is no header for the end
+                raise tarfile.ReadError("no header where one should be")
+    except InputError as error:
+        yield error, None
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as e:
         reached = f" after byte {last}" if last >= 0 else ""
-        raise InputError(f"{tar} is not a readable tar{reached}: {e}; write or download it again") from None
+        yield InputError(f"{tar} is not a readable tar{reached}: {printable(e)}; write or download it again"), None
 
 
 def _is_part(member: tarfile.TarInfo) -> bool:

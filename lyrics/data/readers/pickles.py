@@ -10,6 +10,7 @@ import pickletools
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lyrics.data.records import printable
 from lyrics.errors import InputError
 
 MAX_BYTES = 256 << 20
@@ -52,4 +53,4 @@ def load_plain(path: Path) -> Any:
                 raise pickle.UnpicklingError(f"the number {argument} at byte {position} is out of order")
         return _PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="replace").load()
     except Exception as error:  # a damaged pickle raises whatever comes to hand
-        raise InputError(f"{path} is not a pickle of plain values: {error}; nothing of it was run") from None
+        raise InputError(f"{path} is not a pickle of plain values: {printable(error)}; nothing of it was run") from None

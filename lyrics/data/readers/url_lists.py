@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lyrics.data.disk_index import Index
-from lyrics.data.records import BadRecordError, Record, Rejected, Sample, convert, name, text
+from lyrics.data.records import BadRecordError, Record, Rejected, Sample, convert, name, printable, text
 from lyrics.data.streams import text_lines
 from lyrics.errors import InputError
 
@@ -187,5 +187,5 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _unreadable(path: Path, row: int, error: Exception) -> InputError:
-    why = " ".join(str(error).split())
-    return InputError(f"{path} is not a readable parquet file from row {row} on: {why}; write or download it again")
+    why = f"not a readable parquet file from row {row} on: {printable(error)}"
+    return InputError(f"{path} is {why}; write or download it again")
