@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from lyrics.data.records import Rejected, printable
 
 _SCHEMA = pa.schema([("source", pa.string()), ("record", pa.string()), ("reason", pa.string())])
-_ROWS_AT_ONCE = 10_000
+_ROWS_AT_ONCE = 2_000
 
 
 class Ledger:

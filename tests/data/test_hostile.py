@@ -43,6 +43,11 @@ def peak_of(work) -> int:
         tracemalloc.stop()
 
 
+def least_peak_of(work) -> int:
+    """Of three times: a table of the interpreter's own may grow by megabytes at any time, but not each time."""
+    return min(peak_of(work) for _ in range(3))
+
+
 # Tars
 
 
@@ -133,10 +138,10 @@ def test_a_tar_that_is_cut_is_read_as_far_as_it_goes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_members_of_a_tar(tmp_path):
-    few = write_tar(tmp_path / "few.tar", *(member(f"{i}.jpg", b"x") for i in range(500)))
-    many = write_tar(tmp_path / "many.tar", *(member(f"{i}.jpg", b"x") for i in range(5000)))
-    peaks = [peak_of(lambda path=path: [None for _ in read_pairs(path) if False]) for path in (few, few, many)]
-    assert peaks[2] < peaks[1] + MIB // 4
+    few = write_tar(tmp_path / "few.tar", *(member(f"{i}.jpg", b"x") for i in range(200)))
+    many = write_tar(tmp_path / "many.tar", *(member(f"{i}.jpg", b"x") for i in range(2000)))
+    small, large = (least_peak_of(lambda path=path: [None for _ in read_pairs(path) if False]) for path in (few, many))
+    assert large < small + MIB // 4
 
 
 # Compressed
@@ -438,7 +443,7 @@ def generated(folder: Path, count: int) -> dict[str, object]:
     (folder / "tokens.txt").write_text("".join(f"{i}.jpg#0\tA dog number {i} .\n" for i in range(count)))
     (folder / "list.csv").write_text("url,caption\n" + "".join(f"http://x.org/{i}.jpg,dog {i}\n" for i in range(count)))
     table = pa.table({"url": [f"http://x.org/{i}.jpg" for i in range(count)], "caption": ["a dog"] * count})
-    pq.write_table(table, folder / "list.parquet", row_group_size=1000)
+    pq.write_table(table, folder / "list.parquet", row_group_size=100)
     questions = [{"question_id": i, "image_id": i, "question": f"Who is {i}?"} for i in range(count)]
     save(folder / "q.json", {"questions": questions})
     save(folder / "a.json", {"annotations": [{**q, "answers": [{"answer": "a dog"}] * 10} for q in questions]})
@@ -456,10 +461,12 @@ def generated(folder: Path, count: int) -> dict[str, object]:
     }
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "_CHUNK", 4096)
+    monkeypatch.setattr("lyrics.data.ledger._ROWS_AT_ONCE", 100)
     peaks: dict[str, list[int]] = {}
-    for count in (1_000, 1_000, 6_000):  # the first round loads what is loaded late
-        (folder := tmp_path / f"{count}").mkdir(exist_ok=True)
+    for count in (200, 1_200):
+        (folder := tmp_path / f"{count}").mkdir()
         for name, read in generated(folder, count).items():
             ledger = Ledger(folder / f"{name}.parquet")
 
@@ -468,5 +475,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                     if isinstance(item, Rejected):
                         ledger.add(item)
 
-            peaks.setdefault(name, []).append(peak_of(work))
-    assert {name: large for name, (_, small, large) in peaks.items() if large > 1.1 * small + 2.5 * MIB} == {}
+            peaks.setdefault(name, []).append(least_peak_of(work))
+    assert {name: large for name, (small, large) in peaks.items() if large > 1.1 * small + MIB // 8} == {}
