@@ -21,7 +21,7 @@ Split = Literal["foundation", "web", "instruct", "val", "test", "test_ood"]
 # fmt: off
 Format = Literal[
     "webdataset", "url_list", "coco", "flickr", "visual_genome", "vqa", "aokvqa", "gqa", "vizwiz", "textvqa", "vsr",
-    "scienceqa", "refcoco_lines", "refer", "llava", "llava_lines", "pope", "mme",
+    "scienceqa", "refcoco_lines", "refer", "llava", "llava_lines", "llava_context", "pope", "mme",
 ]
 # fmt: on
 # What a value may be; a value outside is refused with its name before any stage starts.

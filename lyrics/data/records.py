@@ -92,7 +92,7 @@ class Record:
         images: the names that the picture's file may have, the likeliest first; relative to the folder of images.
         content: the picture itself, where its file holds it (a tar); `images` is then its name there.
         samples: instructions about the picture; a caption is a sample too. Their `image_id` is the first name.
-        annotations: objects in the picture.
+        annotations: objects in the picture; `in_fractions`: their boxes are in fractions of its width and height.
         size: width and height in pixels, where the file says them.
         meta: what else is known of a web pair.
         source, place: file, and line, index or byte in it; the reader's loop fills them in.
@@ -102,6 +102,7 @@ class Record:
     content: bytes | None = None
     samples: tuple[Sample, ...] = ()
     annotations: tuple[Annotation, ...] = ()
+    in_fractions: bool = False
     size: tuple[int, int] | None = None
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
@@ -109,6 +110,20 @@ class Record:
 
     def rejected(self, reason: str) -> Rejected:
         return Rejected(source=self.source, record=self.place, reason=reason)
+
+    def objects(self, size: tuple[int, int], reject: Callable[[Rejected], None]) -> list[Annotation]:
+        """The annotations with their boxes in pixels and inside a picture of that size; the others are rejected."""
+        valid = []
+        scale = size if self.in_fractions else (1, 1)
+        for item in self.annotations:
+            x0, y0, x1, y1 = item.box_xyxy
+            try:
+                box = clipped((x0 * scale[0], y0 * scale[1], x1 * scale[0], y1 * scale[1]), *size)
+            except BadRecordError as error:
+                reject(self.rejected(str(error)))
+            else:
+                valid.append(dataclasses.replace(item, box_xyxy=box))
+        return valid
 
 
 def convert(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,8 +15,8 @@ from lyrics.data import llava, pope, refcoco, vqa
 from lyrics.data.ledger import Ledger
 from lyrics.data.pictures import EVALUATED, Pictures, check_size, content_of
 from lyrics.data.raw_split import RawSplit
-from lyrics.data.readers import coco_sets, flickr, mme, questions, refer, tars, url_lists, visual_genome
-from lyrics.data.records import Annotation, BadRecordError, Record, Rejected, Sample, checked, clipped
+from lyrics.data.readers import coco_sets, flickr, llava_context, mme, questions, refer, tars, url_lists, visual_genome
+from lyrics.data.records import Annotation, BadRecordError, Record, Rejected, Sample, checked
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.errors import InputError
 
@@ -65,6 +65,7 @@ _READERS: dict[str, _Read] = {
     "refer": lambda files: refer.each(files.path, files.one_second(), files.chosen.part),
     "llava": lambda files: llava.each(files.path),
     "llava_lines": lambda files: llava.each_evaluation(files.path, files.one_second()),
+    "llava_context": lambda files: llava_context.each(files.path),
     "pope": lambda files: pope.each(files.path),
     "mme": lambda files: mme.each(files.path, files.second),
 }
@@ -151,7 +152,7 @@ def _write_annotated(
             except BadRecordError as error:
                 ledger.add(record.rejected(str(error)))
                 continue
-            objects = _objects(record, found.size, ledger)
+            objects = record.objects(found.size, ledger.add)
             samples = _samples(record, found.size, pictures, split.split, ledger)
             if not (objects or samples) or (not found.file_name and split.pictures == limit):
                 continue
@@ -160,16 +161,6 @@ def _write_annotated(
                 split.add_object(file_name, item)
             for sample in samples:
                 split.add_sample(file_name, found.size, dataclasses.replace(sample, source=files.label))
-
-
-def _objects(record: Record, size: tuple[int, int], ledger: Ledger) -> list[Annotation]:
-    valid = []
-    for item in record.annotations:
-        try:
-            valid.append(dataclasses.replace(item, box_xyxy=clipped(item.box_xyxy, *size)))
-        except BadRecordError as error:
-            ledger.add(record.rejected(str(error)))
-    return valid
 
 
 def _samples(record: Record, size: tuple[int, int], pictures: Pictures, split: str, ledger: Ledger) -> list[Sample]:
@@ -199,7 +190,7 @@ def _write_web(
             if count == limit:
                 break
             try:
-                pair = _pair(record, files, pictures, f"{shard:05d}{len(held):04d}")
+                pair = _pair(record, files, pictures, f"{shard:05d}{len(held):04d}", ledger)
             except BadRecordError as error:
                 ledger.add(record.rejected(str(error)))
                 continue
@@ -213,24 +204,25 @@ def _write_web(
     return {"pairs": count}
 
 
-def _pair(record: Record, files: _Files, pictures: Pictures, key: str) -> WebPair:
+def _pair(record: Record, files: _Files, pictures: Pictures, key: str, ledger: Ledger) -> WebPair:
     """The first caption of a picture is its pair: cleaning would drop the same picture again as a duplicate."""
     caption = next((s.references[0] for s in record.samples if s.task == "caption" and s.references), None)
     if caption is None:
         raise BadRecordError("no caption: web pairs need one")
     content = content_of(record, files.images)
-    if record.content is None and not pictures.is_new("web", files.images, record.images[0]):
-        raise BadRecordError(f"picture again: {record.images[0]!r} has its caption already")
     size = pictures.check_web(content)
-    if size is not None:
-        check_size(record, size)
     meta = {"name": record.images[0], "source": files.label, **record.meta}
     if size is not None:
+        check_size(record, size)
         meta |= {"width": size[0], "height": size[1]}
-    if record.annotations:
-        boxes = ((item, item.box_xyxy) for item in record.annotations)
-        meta["annotations"] = [
-            {"category": item.category, "bbox": [x0, y0, x1 - x0, y1 - y0], "rle": item.rle}
-            for item, (x0, y0, x1, y1) in boxes
-        ]
+    if record.content is None and not pictures.is_new("web", files.images, record.images[0]):
+        raise BadRecordError(f"picture again: {record.images[0]!r} has its caption already")
+    if size is not None and record.annotations:
+        meta["annotations"] = [_web_object(item) for item in record.objects(size, ledger.add)]
     return WebPair(key=key, image_bytes=content, caption=caption, meta=meta)
+
+
+def _web_object(item: Annotation) -> dict[str, Any]:
+    """What the oracle refiner reads of a web pair."""
+    x0, y0, x1, y1 = item.box_xyxy
+    return {"category": item.category, "bbox": [x0, y0, x1 - x0, y1 - y0], "rle": item.rle}

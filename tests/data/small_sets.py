@@ -21,6 +21,7 @@ _OBJECTS = [
     for i, mask in ((1, _POLYGON), (2, _COUNTS))
 ]
 _REGION = {"region_id": 1, "x": 1, "y": 2, "width": 5, "height": 6, "phrase": "a clock"}
+_PART = {"category": "dog", "bbox": [0.1, 0.2, 0.5, 0.9]}
 _CHOICE = {"question": "Which?", "choices": ["one", "two"], "answer": 1, "hint": "", "image": "a.png", "split": "val"}
 _REF = {"ann_id": 0, "image_id": 1, "split": "val", "sentences": [{"sent_id": 3, "sent": "the dog", "raw": "Dog"}]}
 _EXPRESSION = {"img_path": "1.jpg", "expression": "the dog", "bbox": [1, 2, 9.5, 12], **SIZE}
@@ -115,6 +116,10 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
             "q.jsonl": _lines({"question_id": 1, "image": "1.jpg", "text": "Who?", "category": "conv"}),
             "a.jsonl": _lines({"question_id": 1, "text": "A dog."}),
         },
+    ),
+    "llava_context": (
+        {"path": "context.jsonl"},
+        {"context.jsonl": _lines({"id": "1", "image": "1.jpg", "captions": ["a dog"], "instances": [_PART]})},
     ),
     "pope": ({"path": "coco_pope_random.json"}, {"coco_pope_random.json": _lines(_POPE)}),
     "mme": (

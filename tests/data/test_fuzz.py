@@ -33,7 +33,7 @@ def _one(example: tuple[str, str, dict[str, bytes]]) -> None:
 @pytest.mark.parametrize("split", ["instruct", "web"])
 def test_every_small_data_set_is_read_whole(tmp_path, name, split):
     ledger = ingest(tmp_path, name, split, SETS[name][1] | pictures())
-    has_caption = name.partition(" ")[0] in ("webdataset", "url_list", "coco", "flickr")
+    has_caption = name.partition(" ")[0] in ("webdataset", "url_list", "coco", "flickr", "llava_context")
     if split == "instruct" or has_caption:
         assert ledger is not None
         expected = {"no caption", "picture again"} if split == "web" else set()

@@ -12,7 +12,7 @@ import pytest
 
 from lyrics.data import coco, pope, refcoco, vqa
 from lyrics.data.files import decode
-from lyrics.data.readers import coco_sets, flickr, mme, questions, refer, tars, url_lists, visual_genome
+from lyrics.data.readers import coco_sets, flickr, llava_context, mme, questions, refer, tars, url_lists, visual_genome
 from lyrics.data.records import Record, Rejected, listed
 from lyrics.errors import InputError
 
@@ -120,6 +120,15 @@ def test_coco_captions_with_instances(shared):
     assert len(records) == len(swapped) == 50
     assert {len(record.samples) for record in records} <= {5, 6, 7}
     assert {r.images: len(r.annotations) for r in records} == {r.images: len(r.annotations) for r in swapped}
+
+
+def test_what_llava_was_told_of_pictures(shared):
+    records, rejected = divided(llava_context.each(shared("formats/llava/caps_boxes_coco2014_val_80.jsonl")))
+    assert (len(records), rejected) == (80, [])
+    assert {len(record.samples) for record in records} == {5, 6}
+    assert "COCO_val2014_000000296284.jpg" in records[0].images
+    objects = records[0].objects((1000, 500), pytest.fail)
+    assert (objects[0].category, objects[0].box_xyxy) == ("donut", (370, 292, 504, 354.5))
 
 
 @pytest.mark.parametrize(
