@@ -17,6 +17,7 @@ Box = tuple[float, float, float, float]
 MAX_TEXT = 20_000
 """Characters of one text; what is longer is no caption, question or answer."""
 MAX_NAME = 255
+MAX_SIDE = 1_000_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -218,6 +219,18 @@ def brief(value: object) -> str:
     """A short description for a reason; never walks through what a stranger nested."""
     value = value[:60] if isinstance(value, str) else value
     return repr(value)[:60] if isinstance(value, str | int | float | None) else type(value).__name__
+
+
+def dimensions(width: object, height: object) -> tuple[int, int]:
+    """Width and height of a picture in pixels.
+
+    Raises:
+        BadRecordError: if they are no such numbers.
+    """
+    for side in (width, height):
+        if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= MAX_SIDE:
+            raise BadRecordError(f"no width and height: expected pixels, found {brief(width)} and {brief(height)}")
+    return width, height  # type: ignore[return-value]
 
 
 def printable(value: object) -> str:

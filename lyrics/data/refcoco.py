@@ -6,12 +6,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lyrics.data.records import (
-    BadRecordError,
     Record,
     Rejected,
     Sample,
     clipped,
     convert,
+    dimensions,
     listed,
     mapping,
     name,
@@ -42,9 +42,7 @@ def _record(value: Any, number: int) -> Record:
     record = mapping(value)
     image = PurePosixPath(name(record.get("img_path"), "img_path")).name
     question = one_line(record.get("expression"), "expression")
-    width, height = record.get("width"), record.get("height")
-    if not isinstance(width, int) or not isinstance(height, int) or width <= 0 or height <= 0:
-        raise BadRecordError("no width and height")
+    width, height = dimensions(record.get("width"), record.get("height"))
     x0, y0, x1, y1 = numbers(record.get("bbox"), 4, "box")
     sample = Sample(
         sample_id=f"refer-{number}",

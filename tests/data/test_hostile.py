@@ -21,7 +21,7 @@ from small_files import jpeg, save, save_lines
 from small_sets import SETS
 
 from lyrics.config import FileSet
-from lyrics.data import coco, llava, pope, sets, streams, vqa
+from lyrics.data import coco, llava, pope, refcoco, sets, streams, vqa
 from lyrics.data.files import BadImageError, decode
 from lyrics.data.json_splitter import MalformedError, Splitter
 from lyrics.data.ledger import Ledger
@@ -286,6 +286,25 @@ def test_endless_texts_are_rejected_alone(tmp_path):
     assert (rejected.record, record.samples[0].references) == ("line 1", ("a cat",))
     save_lines(tmp_path / "pope.json", [{**POPE, "text": endless}, POPE])
     assert [type(item) for item in pope.each(tmp_path / "pope.json")] == [Rejected, Record]
+
+
+def test_a_table_whose_texts_unfold_to_gigabytes(tmp_path):
+    """One text of eight megabytes in the dictionary, and two thousand rows that name it."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 2000, pa.int32()), pa.array(["x" * 8 * MIB, "a dog"]))
+    urls = [f"http://x.org/{i}.jpg" for i in range(4000)]
+    pq.write_table(pa.table({"url": urls, "caption": texts, "odd": [[{"a": 1}]] * 4000}), tmp_path / "list.parquet")
+    assert (tmp_path / "list.parquet").stat().st_size < MIB
+    found: list = []
+    assert peak_of(lambda: found.extend(url_lists.each(tmp_path / "list.parquet", None))) < 16 * MIB
+    assert sum(isinstance(item, Record) for item in found) == 2000
+    assert (found[0].record, found[0].reason) == ("row 0", f"endless text: {8 * MIB} bytes in a cell")
+
+
+def test_sizes_and_numbers_that_no_picture_has(tmp_path):
+    line = {"img_path": "1.jpg", "expression": "the dog", "bbox": [1, 2, 3, 4], "width": 40, "height": 30}
+    odd = [{"width": 10**400}, {"height": True}, {"bbox": [1, 2, 3, 10**400]}, {"bbox": [1, 2, 1e999, 4]}]
+    save_lines(tmp_path / "r.jsonl", [line, *(line | change for change in odd)])
+    assert [type(item) for item in refcoco.each(tmp_path / "r.jsonl")] == [Record, *[Rejected] * 4]
 
 
 def test_an_open_quotation_mark_costs_no_more_than_a_field(tmp_path):

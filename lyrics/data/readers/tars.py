@@ -4,11 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from lyrics.data import webdataset
 from lyrics.data.disk_index import Index
+from lyrics.data.readers import tables
 from lyrics.data.records import BadRecordError, Record, Rejected, Sample, text
 from lyrics.errors import InputError
 
@@ -69,15 +67,11 @@ class _Table:
         return self._captions.get(key)
 
     def _read(self, captions: Index) -> None:
-        columns = ["key", "caption"]
-        with contextlib.suppress(pa.ArrowException, OSError, ValueError):
-            opened = pq.ParquetFile(self._path, buffer_size=1 << 20, read_dictionary=columns)
-            if not {"key", "caption"} <= set(opened.schema_arrow.names):
-                return
-            for batch in opened.iter_batches(1024, columns=columns):
-                for key, caption in zip(*(batch.column(column) for column in columns), strict=True):
-                    if isinstance(key.as_py(), str) and isinstance(caption.as_py(), str):
-                        captions.add(key.as_py(), value=caption.as_py())
+        with contextlib.suppress(InputError):
+            if {"key", "caption"} <= set(tables.columns(self._path)):
+                for _, (key, caption) in tables.rows(self._path, ["key", "caption"]):
+                    if isinstance(key, str) and isinstance(caption, str):
+                        captions.add(key, value=caption)
 
     def close(self) -> None:
         if self._captions is not None:

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from lyrics.data.disk_index import Index
-from lyrics.data.records import BadRecordError, Record, Rejected, Sample, convert, name, printable, text
+from lyrics.data.readers import tables
+from lyrics.data.records import BadRecordError, Record, Rejected, Sample, convert, name, text
 from lyrics.data.streams import text_lines
 from lyrics.errors import InputError
 
@@ -28,7 +26,6 @@ _COLUMNS = {
 }
 _SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _WIDTHS = (1, 5, 6, 8, 9, 12)  # of row numbers with leading zeros
-_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,10 @@ class Columns:
 
     def at(self, what: str, row: Sequence[Any]) -> Any:
         place = getattr(self, what)
-        return row[place] if place is not None and place < len(row) else None
+        cell = row[place] if place is not None and place < len(row) else None
+        if isinstance(cell, BadRecordError):
+            raise cell
+        return cell
 
 
 def each(path: Path, named_by: str | None) -> Iterator[Record | Rejected]:
@@ -159,33 +159,8 @@ def _comma_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> tuple[Columns, Iterator[tuple[str, Any]]]:
-    try:
-        opened = pq.ParquetFile(path, buffer_size=1 << 20)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, 0, error) from None
-    names = [field.name for field in opened.schema_arrow]
-    columns = _titled([field.lower() for field in names])
-    wanted = {what: names[i] for what, i in vars(columns).items() if i is not None}
+    names = tables.columns(path)
+    wanted = {what: names[i] for what, i in vars(_titled([name.lower() for name in names])).items() if i is not None}
     if not wanted:
         raise InputError(f"{path} has none of the columns url, caption, key, file; found {names[:8]}")
-    order = {what: i for i, what in enumerate(wanted)}
-    return Columns(**order), _parquet_rows(path, list(wanted.values()))
-
-
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        # Texts that repeat stay in the file's dictionary: unfolded, a small file can hold gigabytes of them.
-        opened = pq.ParquetFile(path, buffer_size=1 << 20, read_dictionary=columns)
-        for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns):
-            arrays = [batch.column(batch.schema.get_field_index(column)) for column in columns]
-            for row in range(batch.num_rows):
-                yield f"row {number}", [array[row].as_py() for array in arrays]
-                number += 1
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, number, error) from None
-
-
-def _unreadable(path: Path, row: int, error: Exception) -> InputError:
-    why = f"not a readable parquet file from row {row} on: {printable(error)}"
-    return InputError(f"{path} is {why}; write or download it again")
+    return Columns(**{what: i for i, what in enumerate(wanted)}), tables.rows(path, list(wanted.values()))
