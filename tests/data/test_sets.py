@@ -12,6 +12,7 @@ from lyrics.config import Data, FileSet
 from lyrics.data import ingest
 from lyrics.data.annotated import read_split
 from lyrics.data.webdataset import read_pairs
+from lyrics.errors import InputError
 from lyrics.io import sha256_tree
 from lyrics.stage import NullTracker
 
@@ -178,3 +179,69 @@ def test_several_formats_together(folder, ingested):
     assert summary["rejected"]["missing image file"] == 4
     assert summary["splits"]["instruct"]["images"] == 3
     assert sha256_tree(ingested(*sets)) == sha256_tree(raw)
+
+
+def test_flickr8k_with_22_of_its_photographs(shared, ingested, tmp_path):
+    """The absent ones are counted, caption by caption; a list of names chooses the split."""
+    (tmp_path / "in").symlink_to(shared("formats/flickr8k"))
+    entry = {"format": "flickr", "path": "Flickr8k.token.txt.gz", "images": "Images"}
+    raw = ingested(
+        {**entry, "split": "instruct", "annotations": "Flickr_8k.trainImages.txt"},
+        {**entry, "split": "val", "annotations": "Flickr_8k.devImages.txt"},
+    )
+    summary = json.loads((raw / "summary.json").read_text())
+    assert summary["splits"]["instruct"]["images"] + summary["splits"]["val"]["images"] <= 22
+    captions = sum(split["captions"] for split in summary["splits"].values())
+    assert captions + summary["rejected"]["missing image file"] == 35_000
+    assert {len(image.captions) for image in read_split(raw / "instruct").images} == {5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "gone.json"}, r"in/gone\.json does not exist; correct data\.sets"),
+        ({"images": "gone"}, r"in/gone is not a folder; expected the images of pope\.json there"),
+        ({"format": "vqa"}, r"data\.sets: pope\.json \(vqa\) needs the annotations as well"),
+        ({"format": "webdataset", "path": "images"}, r"in/images holds no \.tar and is none"),
+        ({}, r"nothing usable for the split test in pope\.json; set aside: 1 missing image file"),
+    ],
+)
+def test_what_is_missing_or_unusable_is_named(folder, ingested, change, message):
+    save_lines(folder / "pope.json", [{"image": "gone.jpg", "text": "Is there a dog?", "label": "no"}])
+    entry = {"format": "pope", "path": "pope.json", "images": "images", "split": "test"}
+    with pytest.raises(InputError, match=message):
+        ingested({**entry, **change})
+    with pytest.raises(InputError, match=r"data\.sets is empty; name your data sets in params/data/files\.yaml"):
+        ingested()
+
+
+def test_max_images_keeps_the_first_pictures_and_all_that_is_said_of_them(folder, ingested):
+    lines = [
+        {"question_id": 10 * i + j, "image": draw(folder, f"{i}.jpg", i), "text": f"Is there a {j}?", "label": "no"}
+        for j in range(2)
+        for i in range(4)
+    ]
+    entry = {"format": "pope", "path": save_lines(folder / "pope.json", lines), "images": "images", "split": "test"}
+    web = {"format": "webdataset", "path": "w.tar", "split": "web"}
+    tar_of(folder / "w.tar", *((f"{i}.{kind}", b"x") for i in range(5) for kind in ("jpg", "txt")))
+    raw = ingested(entry, web, max_images=2)
+    assert len(read_split(raw / "test").images) == 2
+    assert len(read_split(raw / "test").samples) == 4
+    assert len(list(read_pairs(raw / "web" / "00000.tar"))) == 2
+    assert rejected(raw) == []
+
+
+def test_the_same_record_twice_is_set_aside_and_the_same_id_for_another_is_not(folder, ingested):
+    line = {"question_id": 1, "image": draw(folder, "1.jpg", 1), "text": "Is there a dog?", "label": "no"}
+    path = save_lines(folder / "pope.json", [line, line, {**line, "text": "Is there a cat?"}])
+    raw = ingested({"format": "pope", "path": path, "images": "images", "split": "test"})
+    assert [sample.sample_id for sample in read_split(raw / "test").samples] == ["pope-1", "pope-2"]
+    assert rejected(raw) == [("pope.json", "line 2", "repeated record: pope-1 says the same again")]
+
+
+def test_one_picture_under_two_names_is_one_picture(folder, ingested):
+    names = [draw(folder, name, 1) for name in ("a.jpg", "b.jpg")]
+    lines = [{"question_id": i, "image": name, "text": "Is it?", "label": "no"} for i, name in enumerate(names)]
+    path = save_lines(folder / "pope.json", lines)
+    raw = ingested({"format": "pope", "path": path, "images": "images", "split": "test"})
+    assert [len(read_split(raw / "test").images), len(read_split(raw / "test").samples)] == [1, 2]
