@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import numpy as np
 from PIL import Image
 
 from lyrics import seeding
+from lyrics.data.records import Record, Rejected
+
+MIB = 1 << 20
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
@@ -36,3 +40,25 @@ def tar_of(path: Path, *members: tuple[str, bytes]) -> str:
             member.size = len(content)
             opened.addfile(member, io.BytesIO(content))
     return path.name
+
+
+def peak_of(work) -> int:
+    """The most bytes that Python objects took while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def least_peak_of(work) -> int:
+    """Of three times: a table of the interpreter's own may grow by megabytes at any time, but not each time."""
+    return min(peak_of(work) for _ in range(3))
+
+
+def divided(found):
+    """The records, and place and reason of what was rejected."""
+    found = list(found)
+    records = [item for item in found if isinstance(item, Record)]
+    return records, [(item.record, item.reason) for item in found if isinstance(item, Rejected)]

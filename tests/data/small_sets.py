@@ -64,7 +64,7 @@ def _asked(direct: Any, **known: Any) -> dict[str, Any]:
 _GQA = {"imageId": "1", "question": "Is it red?", "answer": "yes", "types": {"structural": "verify"}}
 _TEXT = {"image_id": "1", "question": "What does it say?", "answers": ["stop"] * 10, "question_id": 4}
 _VSR = {"image": "000000000001.jpg", "caption": "The dog is left of the cat.", "label": 1, "relation": "left of"}
-_POPE = {"question_id": 1, "image": "1.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+POPE = {"question_id": 1, "image": "1.jpg", "text": "Is there a dog in the image?", "label": "yes"}
 _MME = {"question_id": "a/1.jpg", "image": "a/1.jpg", "text": "Is it red?\nAnswer the question.", "category": "a"}
 _SEEN = {"image": "1.jpg", "question": "What is it?", "answers": _ANSWERS, "answer_type": "other"}
 
@@ -121,7 +121,7 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {
         {"path": "context.jsonl"},
         {"context.jsonl": _lines({"id": "1", "image": "1.jpg", "captions": ["a dog"], "instances": [_PART]})},
     ),
-    "pope": ({"path": "coco_pope_random.json"}, {"coco_pope_random.json": _lines(_POPE)}),
+    "pope": ({"path": "coco_pope_random.json"}, {"coco_pope_random.json": _lines(POPE)}),
     "mme": (
         {"path": "m.jsonl", "annotations": "told"},
         {"m.jsonl": _lines(_MME), "told/a.txt": b"1.jpg\tIs it red? Answer the question.\tYes\n"},

@@ -42,7 +42,7 @@ def test_every_small_data_set_is_read_whole(tmp_path, name, split):
         assert ledger is None
 
 
-@settings(max_examples=250, deadline=5_000, derandomize=True, suppress_health_check=_CHECKS, database=None)
+@settings(max_examples=150, deadline=5_000, derandomize=True, suppress_health_check=_CHECKS, database=None)
 @given(damaged())
 def test_damaged_data_sets_are_read_or_refused(example):
     _one(example)

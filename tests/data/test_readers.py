@@ -1,6 +1,5 @@
 """Each reader on its real file where there is one beside the project, else on a small file of the published schema."""
 
-import gzip
 import json
 import pickle
 from collections import Counter
@@ -9,18 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_files import divided
 
 from lyrics.data import coco, pope, refcoco, vqa
 from lyrics.data.files import decode
 from lyrics.data.readers import coco_sets, flickr, llava_context, mme, questions, refer, tars, url_lists, visual_genome
-from lyrics.data.records import Record, Rejected, listed
-from lyrics.errors import InputError
-
-
-def divided(found):
-    found = list(found)
-    records = [item for item in found if isinstance(item, Record)]
-    return records, [(item.record, item.reason) for item in found if isinstance(item, Rejected)]
 
 
 def samples_of(found):
@@ -390,56 +382,6 @@ def test_refer_as_python_2_pickled_it(tmp_path, instances):
     assert (sample.sample_id, sample.question) == ("refer-7", "left")
 
 
-# Lists of addresses
-
-
-@pytest.mark.parametrize(
-    ("text", "named_by", "expected"),
-    [
-        ("a dog\thttp://x.org/p/1%20a.jpg?w=3\n", None, [("1 a.jpg", "a dog")]),  # Conceptual Captions
-        ("http://x.org/1.jpg\ta dog\n", None, [("1.jpg", "a dog")]),  # Conceptual 12M
-        ('url,caption\nhttp://x.org/1.jpg,"a, dog\nat night"\n', None, [("1.jpg", "a, dog\nat night")]),
-        ("SAMPLE_ID,URL,TEXT\n17,http://x.org/1.jpg,a dog\n", None, [("17", "a dog")]),
-        ("SAMPLE_ID,URL,TEXT\n17,http://x.org/1.jpg,a dog\n", "url", [("1.jpg", "a dog")]),
-        ("url\tcaption\nhttp://x.org/a\tone\nhttp://x.org/b\ttwo\n", "row", [("0.jpg", "one"), ("1.jpg", "two")]),
-        ("image,caption\n1000268201.jpg,A child .\n", None, [("1000268201.jpg", "A child .")]),
-        ("img/1.png\ta dog\n", None, [("img/1.png", "a dog")]),
-    ],
-)
-def test_columns_are_told_apart_by_title_or_content(tmp_path, text, named_by, expected):
-    path = tmp_path / "list.txt"
-    path.write_text(text)
-    records, rejected = divided(url_lists.each(path, named_by))
-    assert rejected == []
-    assert [(record.images[0], record.samples[0].references[0]) for record in records] == expected
-
-
-def test_columns_that_nothing_tells_apart_are_refused(tmp_path):
-    path = tmp_path / "list.csv"
-    path.write_text("one,two\n")
-    with pytest.raises(InputError, match=r"list\.csv: nothing in the first row is an address"):
-        list(url_lists.each(path, None))
-    path.write_text("url,caption\n")
-    with pytest.raises(InputError, match=r"list\.csv has no column to name pictures by key"):
-        list(url_lists.each(path, "key"))
-
-
-def test_two_addresses_that_end_alike_are_not_one_picture(tmp_path):
-    path = tmp_path / "list.tsv"
-    path.write_text("http://a/1.jpg\tone\nhttp://b/1.jpg\ttwo\nhttp://a/1.jpg\tthree\n")
-    records, rejected = divided(url_lists.each(path, None))
-    assert [record.place for record in records] == ["line 1", "line 3"]
-    assert rejected == [("line 2", "ambiguous file name: another address ends in '1.jpg' too")]
-
-
-def test_a_list_in_windows_1252_and_a_bad_row_between_good_ones(tmp_path):
-    path = tmp_path / "list.csv"
-    path.write_bytes(b"url,caption\nhttp://a/1.jpg,caf\xe9\nhttp://a/2.jpg\nhttp://a/3.jpg,\xe2\x82\xac\n")
-    records, rejected = divided(url_lists.each(path, "row"))
-    assert [(r.images[0], r.samples[0].references[0]) for r in records] == [("0.jpg", "café"), ("2.jpg", "€")]
-    assert rejected == [("line 3", "no caption: found None")]
-
-
 def test_the_table_beside_a_tar_has_its_captions(tmp_path, shared):
     tar = tmp_path / "00000.tar"
     tar.write_bytes(shared("formats/webdataset/image3.tar").read_bytes())
@@ -447,11 +389,3 @@ def test_the_table_beside_a_tar_has_its_captions(tmp_path, shared):
     first, second = divided(tars.each([tar]))[0]
     assert first.samples[0].references == ("a tower",)
     assert second.samples == ()
-
-
-def test_readers_unpack_gzip_whatever_its_name(tmp_path):
-    path = tmp_path / "tokens.txt"
-    path.write_bytes(gzip.compress(b"a.jpg#0\tA dog .\nno line at all\n"))
-    samples, rejected = listed(flickr.each(path))
-    assert [sample.references for sample in samples] == [("A dog .",)]
-    assert rejected[0].record == "line 2"
