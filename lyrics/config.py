@@ -24,6 +24,11 @@ Format = Literal[
     "scienceqa", "refcoco_lines", "refer", "llava", "llava_lines", "llava_context", "pope", "mme",
 ]
 # fmt: on
+_KEYS_OF_FORMATS = {
+    "annotations": ("coco", "flickr", "vqa", "refer", "llava_lines", "mme"),
+    "part": ("aokvqa", "scienceqa", "refer"),
+    "named_by": ("url_list",),
+}
 # What a value may be; a value outside is refused with its name before any stage starts.
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
@@ -407,6 +412,13 @@ def _check(config: Config) -> None:
             f"data.source is {config.data.source} but data.folder is empty; name a folder, e.g. make run data=photos "
             "folder=PATH"
         )
+    for number, one in enumerate(config.data.sets):
+        for key, formats in _KEYS_OF_FORMATS.items():
+            if getattr(one, key) is not None and one.format not in formats:
+                raise InputError(
+                    f"data.sets.{number}.{key} says nothing to the format {one.format}, only to {', '.join(formats)}; "
+                    "leave it out"
+                )
     known = [field.name for field in dataclasses.fields(SceneCounts)]
     if unknown := sorted(set(config.data.splits) - set(known)):
         raise InputError(

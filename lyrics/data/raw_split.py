@@ -21,10 +21,10 @@ from lyrics.data.vqa import ANSWERS_PER_QUESTION, answer_type
 class _List:
     """A JSON list, or JSON lines, in a temporary file."""
 
-    def __init__(self, separator: str) -> None:
+    def __init__(self, folder: Path, separator: str) -> None:
         self.count = 0
         self._separator = separator
-        self.file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `RawSplit.close`
+        self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `RawSplit.close`
 
     def append(self, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -37,10 +37,11 @@ class RawSplit:
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
-        self._lists = {name: _List(", ") for name in ("images", "captions", "objects", "questions", "answers", "chat")}
-        self._lists |= {name: _List("\n") for name in ("refer", "pope")}
-        self._categories: dict[str, int] = {}
         (folder / "images").mkdir(parents=True)
+        documents = ("images", "captions", "objects", "questions", "answers", "chat")
+        self._lists = {name: _List(folder, ", ") for name in documents}
+        self._lists |= {name: _List(folder, "\n") for name in ("refer", "pope")}
+        self._categories: dict[str, int] = {}
 
     @property
     def pictures(self) -> int:

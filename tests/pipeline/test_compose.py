@@ -155,6 +155,8 @@ def test_data_sets_may_be_named_in_an_override(tmp_path: Path) -> None:
     }
     with pytest.raises(InputError, match=r"data\.sets\.0\.format: .*'webdataset'.*found 'tfrecord'"):
         compose.configure(["data.sets=[{format: tfrecord, path: a, split: test}]"])
+    with pytest.raises(InputError, match=r"data\.sets\.0\.part says nothing to the format pope, only to aokvqa"):
+        compose.configure(["data.sets=[{format: pope, path: a, split: test, part: val}]"])
 
 
 def test_looking_at_a_choice_changes_nothing() -> None:

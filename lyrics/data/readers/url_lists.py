@@ -90,7 +90,9 @@ def _names(value: Any, naming: str) -> tuple[str, ...]:
 
 def _delimited(path: Path) -> tuple[Columns, Iterator[tuple[str, Any]]]:
     """Columns and rows of a text file; tabs separate where the first line has one, else commas."""
-    first = next((line for _, line in text_lines(path) if isinstance(line, str)), "")
+    _, first = next(text_lines(path), ("", ""))
+    if isinstance(first, BadRecordError):
+        raise InputError(f"{path}: the first line cannot be used: {first}")
     tabs = "\t" in first
     try:
         head = first.split("\t") if tabs else next(csv.reader([first]), [])
