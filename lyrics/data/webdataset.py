@@ -35,6 +35,14 @@ class WebPair:
     meta: dict[str, Any]
     offset: int = 0
 
+    @property
+    def suffix(self) -> str:
+        """Of the picture's member in a tar of ours: what its bytes are, whatever they were called."""
+        content = self.image_bytes or b""
+        if content.startswith(b"\x89PNG"):
+            return "png"
+        return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else "jpg"
+
 
 def read_pairs(tar: Path) -> Iterator[WebPair]:
     """The pairs in file order; neighbours with one key (the member name up to its first dot) are one pair.
@@ -152,7 +160,7 @@ def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
             meta = {**pair.meta, "key": pair.key}
             if pair.caption is not None:
                 meta["caption"] = pair.caption
-            members = {"jpg": pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
+            members = {pair.suffix: pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
             members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
             for suffix, content in members.items():
                 if content is not None:

@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from small_files import MIB, jpeg, least_peak_of, peak_of, save, save_lines
+from small_files import MIB, bomb, encoded, jpeg, least_peak_of, peak_of, save, save_lines
 from small_sets import POPE, SETS
 
 from lyrics.config import FileSet
-from lyrics.data import sets, streams
+from lyrics.data import pope, sets, streams
 from lyrics.data.files import BadImageError, decode
 from lyrics.data.ledger import Ledger
 from lyrics.data.readers import flickr, pickles, tars
@@ -159,6 +158,20 @@ def test_a_gzip_bomb_is_refused_as_it_unpacks(tmp_path, monkeypatch):
     assert peak_of(refused) < 12 * MIB
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_gzip_bomb_of_four_gigabytes(tmp_path):
+    """Once for real: a few megabytes, refused after the first gigabyte."""
+    path = gzip_bomb(tmp_path / "a.jsonl.gz", 4 << 30)
+    assert path.stat().st_size < 5 * MIB
+
+    def refused() -> None:
+        with pytest.raises(InputError, match="unpacks to more than 200 times its size"):
+            list(pope.each(path))
+
+    assert peak_of(refused) < 12 * MIB
+
+
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: c[:30] + b"\0\0\0\0" + c[34:], lambda c: c[:5]])
 def test_a_damaged_gzip_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "a.txt.gz"
@@ -177,12 +190,6 @@ def ingest(folder: Path, **entry: str) -> tuple[Ledger, list[tuple[str, str]]]:
     ledger.close()
     rows = pq.read_table(folder / "out" / "rejected.parquet").to_pylist()
     return ledger, [(row["record"], row["reason"]) for row in rows]
-
-
-def encoded(kind: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (200, 10, 10)).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def test_names_that_leave_or_break_their_folder_and_files_that_are_none(tmp_path):
@@ -209,9 +216,19 @@ def test_pictures_whose_extension_lies_get_their_own(tmp_path):
     for name, kind in kinds.items():
         content = encoded(kind).replace(b"\xc8\x0a\x0a", b"\xc8\x0a" + name[:1].encode())
         (tmp_path / "images" / name).write_bytes(content)
-    save_lines(tmp_path / "pope.json", [{**POPE, "question_id": name, "image": name} for name in kinds])
+    (tmp_path / "images" / "g.jpg").write_bytes(bomb(60_000))
+    (tmp_path / "images" / "h.jpg").write_bytes(jpeg(1))
+    with (tmp_path / "images" / "h.jpg").open("ab") as opened:
+        opened.truncate(65 * MIB)
+    names = [*kinds, "g.jpg", "h.jpg"]
+    save_lines(tmp_path / "pope.json", [{**POPE, "question_id": name, "image": name} for name in names])
     _, rejected = ingest(tmp_path, format="pope", path="pope.json", images="images", split="test")
-    assert rejected == [("line 4", "unusable image: not a picture"), ("line 5", "unusable image: not a picture")]
+    assert rejected == [
+        ("line 4", "unusable image: not a picture"),
+        ("line 5", "unusable image: not a picture"),
+        ("line 7", "unusable image: more than 64000000 pixels"),
+        ("line 8", f"unusable image: 'h.jpg' has {65 * MIB} bytes"),
+    ]
     written = sorted(path.suffix for path in (tmp_path / "out" / "test" / "images").iterdir())
     assert written[0] == ".gif" and set(written) <= {".gif", ".jpg", ".png", ".webp"}
 

@@ -1,14 +1,13 @@
 import hashlib
 import io
-import struct
 import tarfile
-import zlib
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_files import bomb, encoded
 
 from lyrics.data import webdataset
 from lyrics.data.files import BadImageError, decode
@@ -118,17 +117,6 @@ def test_a_tar_with_strange_members_is_read_for_what_it_has(tmp_path):
     assert (second.key, second.image_bytes, second.caption) == ("e/a", b"2", None)
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that claims `side` × `side` pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("side", [9_000, 100_000])
 def test_a_decompression_bomb_is_refused_undecoded(side):
     with pytest.raises(BadImageError, match="pixels"):
@@ -152,6 +140,14 @@ def test_modes_become_rgb():
         buffer = io.BytesIO()
         Image.new(mode, (4, 3)).save(buffer, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
         assert decode(buffer.getvalue()).mode == "RGB"
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_a_picture_is_stored_under_the_suffix_of_its_bytes(tmp_path, kind, suffix):
+    write_tar(tmp_path / "a.tar", [WebPair(key="1", image_bytes=encoded(kind), caption="c", meta={})])
+    assert webdataset.image_bytes(f"{tmp_path / 'a.tar'}::1.{suffix}") == encoded(kind)
+    (pair,) = read_pairs(tmp_path / "a.tar")
+    assert (pair.image_bytes, pair.suffix) == (encoded(kind), suffix)
 
 
 def test_the_table_has_the_hash_of_each_picture(tmp_path):
