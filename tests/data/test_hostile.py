@@ -21,7 +21,7 @@ from lyrics.config import FileSet
 from lyrics.data import pope, sets, streams
 from lyrics.data.files import BadImageError, decode
 from lyrics.data.ledger import Ledger
-from lyrics.data.readers import flickr, pickles, tars
+from lyrics.data.readers import flickr, pickles, tars, url_lists
 from lyrics.data.records import Record, Rejected
 from lyrics.data.webdataset import WebPair, each, read_pairs
 from lyrics.errors import InputError
@@ -237,6 +237,21 @@ def test_a_format_that_starts_a_program_is_never_opened():
     """Pillow gives EPS to Ghostscript."""
     with pytest.raises(BadImageError, match="not a picture"):
         decode(encoded("EPS"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.tar", "refs.p"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    path = tmp_path / name
+    os.mkfifo(path)
+    readers = {
+        "a.txt": lambda: flickr.each(path),
+        "a.jsonl": lambda: pope.each(path),
+        "a.parquet": lambda: url_lists.each(path, None),
+        "a.tar": lambda: each(path),
+        "refs.p": lambda: pickles.load_plain(path) or (),
+    }
+    with pytest.raises(InputError, match=f"{name} (does not exist or is not a file|is not a readable)"):
+        list(readers[name]())
 
 
 # Pickles

@@ -45,6 +45,8 @@ def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
 
 def _open(path: Path, repeating: list[str] | None = None) -> pq.ParquetFile:
     """Texts that repeat stay in the file's dictionary: unfolded, a small file can hold gigabytes of them."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise OSError("no file")
     return pq.ParquetFile(path, buffer_size=1 << 20, read_dictionary=repeating)
 
 
