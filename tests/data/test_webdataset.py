@@ -155,3 +155,14 @@ def test_the_table_has_the_hash_of_each_picture(tmp_path):
     (row,) = pq.read_table(tmp_path / "a.parquet").to_pylist()
     assert row["sha256"] == hashlib.sha256(b"x").hexdigest()
     assert (row["url"], row["caption"], row["status"]) == ("u", "c", "success")
+
+
+def test_the_refiner_finds_a_picture_of_any_suffix(tmp_path, monkeypatch):
+    from lyrics.refiner.sources import read_sources
+
+    monkeypatch.chdir(tmp_path)
+    kinds = {"a": "JPEG", "b": "PNG", "c": "WEBP"}
+    pairs = [WebPair(key=key, image_bytes=encoded(kind), caption="c", meta={}) for key, kind in kinds.items()]
+    write_tar(tmp_path / "data/clean/00000.tar", pairs)
+    (source,) = read_sources()
+    assert [webdataset.open_image(image.path).size for image in source.images] == [(8, 6)] * 3
