@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 chosen = $(foreach name,preset data folder until push,$(if $(filter command,$(firstword $(origin $(name)))),$(name)='$($(name))'))
 
 help: ## this list
-	@echo "make TARGET [preset=tiny|laptop|paper] [data=world|photos] [folder=PATH] [overrides='stage2.steps=900 seed=1']"
+	@echo "make TARGET [preset=tiny|laptop|paper] [data=world|photos|files] [folder=PATH] [overrides='stage2.steps=900 seed=1']"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 $(READY): requirements.lock pyproject.toml

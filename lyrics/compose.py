@@ -14,7 +14,7 @@ from lyrics.errors import InputError
 
 RUN = PARAMS / "run.yaml"
 EMBEDDED = "lyrics/world"
-_OPEN_MAPPINGS = ("data.splits", "promote.minimum")  # mappings whose keys are the user's
+_OPEN_MAPPINGS = ("data.splits", "promote.minimum", "stage2.shares")  # mappings whose keys are the user's
 
 
 def compose(run: Path = RUN) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _set(composed: Any, key: str, value: Any, run: Path) -> None:
     if not isinstance(parent, DictConfig) or (leaf not in parent and parent_key not in _OPEN_MAPPINGS):
         known = sorted(map(str, parent)) if isinstance(parent, DictConfig) else sorted(map(str, composed))
         raise InputError(f"the override {key} in {run} names an unknown key; keys there: {', '.join(known)}")
-    if isinstance(parent.get(leaf), DictConfig) and value is not None:
+    if isinstance(parent.get(leaf), DictConfig) and value is not None and key not in _OPEN_MAPPINGS:
         raise InputError(
             f"the override {key} in {run} is a group of keys, not a value: {', '.join(map(str, parent[leaf]))}"
         )

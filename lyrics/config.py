@@ -17,6 +17,18 @@ from lyrics.errors import InputError
 CONFIG_PATH = Path("build/config.yaml")
 PARAMS = Path("params")
 _FORBID = ConfigDict(extra="forbid")
+Split = Literal["foundation", "web", "instruct", "val", "test", "test_ood"]
+# fmt: off
+Format = Literal[
+    "webdataset", "url_list", "coco", "flickr", "visual_genome", "vqa", "aokvqa", "gqa", "vizwiz", "textvqa", "vsr",
+    "scienceqa", "refcoco_lines", "refer", "llava", "llava_lines", "llava_context", "pope", "mme",
+]
+# fmt: on
+_KEYS_OF_FORMATS = {
+    "annotations": ("coco", "flickr", "vqa", "refer", "llava_lines", "mme"),
+    "part": ("aokvqa", "scienceqa", "refer"),
+    "named_by": ("url_list",),
+}
 # What a value may be; a value outside is refused with its name before any stage starts.
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
@@ -63,16 +75,36 @@ class World:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
-class Data:
-    """Where raw data comes from: the embedded world, or a folder of COCO-format splits.
+class FileSet:
+    """One data set in a public format (docs/formats.md); paths are relative to `data.folder`.
 
-    `splits` maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
-    instances.json. `max_images` keeps that many images of each split (None: all).
+    `annotations` is the second file of formats that have two. `part` is the split to take where a file holds several.
+    `named_by` says how pictures of a list of addresses are named. `name` is what mixing and provenance call the set
+    (None: its format).
     """
 
-    source: Literal["world", "coco"]
+    format: Format
+    path: str
+    split: Split
+    images: str | None = None
+    annotations: str | None = None
+    part: str | None = None
+    named_by: Literal["row", "key", "url", "file"] | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID)
+class Data:
+    """Where raw data comes from: the embedded world, a folder of COCO-format splits, or data sets in public formats.
+
+    `splits` (coco) maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
+    instances.json. `sets` (files) names data sets. `max_images` keeps that many images of each split (None: all).
+    """
+
+    source: Literal["world", "coco", "files"]
     folder: str | None
     splits: dict[str, str]
+    sets: tuple[FileSet, ...]
     max_images: Count | None
 
 
@@ -280,6 +312,8 @@ class Stage2:
 
     `first`: the steps before all tasks are mixed.
 
+    `mix_by`: what is mixed, tasks or data sets (`data.sets`). `shares`: `sqrt` of their sizes, `as_given` (in
+    proportion to their sizes), or the share of each, scaled to those that the data has.
     `turns`: up to as many questions about a picture make one sample, as LLaVA-1.5 joins them.
     `projection_lr`, `lora_lr`: MQ-Former has that of `optimizer`.
     `without_spatial`: share of the later samples whose language model reads no spatial text (boxes always do).
@@ -295,7 +329,8 @@ class Stage2:
     activation_checkpointing: bool
     compile: bool
     spatial_text: Literal["llm", "mq_former"]
-    task_shares: dict[str, Fraction] | None
+    mix_by: Literal["task", "source"]
+    shares: Literal["sqrt", "as_given"] | dict[str, Fraction]
     first: First
     turns: Count
     without_spatial: Fraction
@@ -372,10 +407,18 @@ def parse(values: dict[str, Any]) -> Config:
 
 def _check(config: Config) -> None:
     """Cross-field rules: each names the fields and the cure."""
-    if config.data.source == "coco" and not config.data.folder:
+    if config.data.source != "world" and not config.data.folder:
         raise InputError(
-            "data.source is coco but data.folder is empty; name a folder, e.g. make run data=photos folder=PATH"
+            f"data.source is {config.data.source} but data.folder is empty; name a folder, e.g. make run data=photos "
+            "folder=PATH"
         )
+    for number, one in enumerate(config.data.sets):
+        for key, formats in _KEYS_OF_FORMATS.items():
+            if getattr(one, key) is not None and one.format not in formats:
+                raise InputError(
+                    f"data.sets.{number}.{key} says nothing to the format {one.format}, only to {', '.join(formats)}; "
+                    "leave it out"
+                )
     known = [field.name for field in dataclasses.fields(SceneCounts)]
     if unknown := sorted(set(config.data.splits) - set(known)):
         raise InputError(

@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/attend.md",
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/formats.md",
     "docs/learning.md",
     "docs/operations.md",
     "docs/plan.md",
@@ -64,7 +65,7 @@ KEYS = fields(config.Config)
 
 
 def known(key: str) -> bool:
-    return key in KEYS or key.rpartition(".")[0] in ("data.splits", "promote.minimum")
+    return key in KEYS or key.rpartition(".")[0] in ("data.splits", "promote.minimum", "stage2.shares")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

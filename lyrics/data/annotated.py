@@ -49,6 +49,7 @@ def read_split(folder: Path) -> Split:
         for image_id, text in captioned.texts:
             captions.setdefault(image_id, []).append(text)
     images = []
+    sources = {str(image_id): image["source"] for image_id, image in listed.items()}
     for image_id, image in listed.items():
         path = folder / "images" / image["file_name"]
         if not path.is_file():
@@ -71,6 +72,7 @@ def read_split(folder: Path) -> Split:
             task="caption",
             kind="caption",
             references=image.captions,
+            source=str(sources.get(image.image_id, "")),
         )
         for image in images
         if image.captions

@@ -1,17 +1,21 @@
 """COCO captions and instances: every segmentation form, each bad record set aside with its reason."""
 
 import dataclasses
-import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pycocotools import mask as coco_mask
 
-from lyrics.data.files import MAX_PIXELS, is_safe_name, load_json, records
-from lyrics.data.records import Rejected
+from lyrics.data.files import MAX_PIXELS, is_safe_name
+from lyrics.data.records import BadRecordError, Box, Rejected, brief, clipped, mapping, numbers, one_line
+from lyrics.data.streams import elements
 from lyrics.errors import InputError
 
 ImageId = int | str
+ImageOf = Callable[[ImageId], dict[str, Any] | None]
+MAX_CATEGORIES = 100_000
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class CocoObject:
 
     image_id: ImageId
     category: str
-    box_xyxy: tuple[float, float, float, float]
+    box_xyxy: Box
     rle: dict[str, Any] | None
     crowd: bool
     source: dict[str, Any]
@@ -53,19 +57,13 @@ def read_captions(path: Path) -> Captions:
     Raises:
         InputError: if the file is missing, not JSON, or not in the format.
     """
-    document = load_json(path)
-    images, rejected = _read_images(path, document)
+    images, rejected = _read_images(path)
     texts = []
-    for position, record in enumerate(records(path, document, "annotations")):
-        text, image_id = record.get("caption"), record.get("image_id")
-        if not isinstance(image_id, int | str) or image_id not in images:
-            rejected.append(
-                _reject(path, "annotations", position, f"caption without image: {image_id!r} is not listed")
-            )
-        elif not isinstance(text, str) or not text.strip():
-            rejected.append(_reject(path, "annotations", position, "empty caption"))
+    for place, found in each_caption(path, images.get):
+        if isinstance(found, BadRecordError):
+            rejected.append(Rejected(source=str(path), record=place, reason=str(found)))
         else:
-            texts.append((image_id, " ".join(text.split())))
+            texts.append(found)
     return Captions(images=images, texts=texts, rejected=rejected)
 
 
@@ -77,60 +75,108 @@ def read_instances(path: Path) -> Instances:
     Raises:
         InputError: if the file is missing, not JSON, or not in the format.
     """
-    document = load_json(path)
-    images, rejected = _read_images(path, document)
-    categories = records(path, document, "categories")
-    names: dict[Any, str] = {}
-    for position, category in enumerate(categories):
-        name = category.get("name")
-        if not isinstance(name, str) or not name.strip() or not isinstance(category.get("id"), int | str):
-            raise InputError(f"{path}: categories[{position}] needs an id and a name, found {category!r:.80}")
-        names[category["id"]] = name.strip()
+    images, rejected = _read_images(path)
+    categories = read_categories(path)
     objects = []
-    for position, record in enumerate(records(path, document, "annotations")):
-        try:
-            objects.append(_read_object(record, images, names))
-        except _BadRecordError as error:
-            rejected.append(_reject(path, "annotations", position, str(error)))
-    return Instances(images=images, categories=categories, objects=objects, rejected=rejected)
+    for place, found in each_object(path, categories, images.get):
+        if isinstance(found, BadRecordError):
+            rejected.append(Rejected(source=str(path), record=place, reason=str(found)))
+        else:
+            objects.append(found)
+    return Instances(images=images, categories=list(categories.values()), objects=objects, rejected=rejected)
 
 
-class _BadRecordError(ValueError):
-    """The message is the reason, its part before the first colon the class that is counted."""
-
-
-def _read_images(path: Path, document: Any) -> tuple[dict[ImageId, dict[str, Any]], list[Rejected]]:
+def _read_images(path: Path) -> tuple[dict[ImageId, dict[str, Any]], list[Rejected]]:
     images: dict[ImageId, dict[str, Any]] = {}
     rejected = []
-    for position, record in enumerate(records(path, document, "images")):
-        image_id, name = record.get("id"), record.get("file_name")
-        if not isinstance(image_id, int | str):
-            reason = f"image without id: found {image_id!r:.40}"
-        elif not is_safe_name(name):
-            reason = f"unsafe file name: {name!r:.80} would leave the folder of images"
-        elif not all(isinstance(record.get(side), int) and record[side] > 0 for side in ("width", "height")):
-            reason = f"image without size: width {record.get('width')!r}, height {record.get('height')!r}"
-        elif record["width"] * record["height"] > MAX_PIXELS:
-            reason = f"image too large: {record['width']} x {record['height']}, at most {MAX_PIXELS} pixels are read"
-        elif image_id in images:
-            reason = f"repeated image id: {image_id!r}"
+    for place, image in each_image(path):
+        if isinstance(image, BadRecordError):
+            reason = str(image)
+        elif image["id"] in images:
+            reason = f"repeated image id: {image['id']!r}"
         else:
-            images[image_id] = record
+            images[image["id"]] = image
             continue
-        rejected.append(_reject(path, "images", position, reason))
+        rejected.append(Rejected(source=str(path), record=place, reason=reason))
     return images, rejected
 
 
-def _read_object(record: dict[str, Any], images: dict[ImageId, dict[str, Any]], names: dict[Any, str]) -> CocoObject:
+def each_image(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRecordError]]:
+    """Place and id, file_name, width, height (and our own source) of each listed image; repeated ids are not sought."""
+    yield from _each(path, "images", _image)
+
+
+def each_caption(path: Path, image_of: ImageOf) -> Iterator[tuple[str, tuple[ImageId, str] | BadRecordError]]:
+    """Place, image id and text of each caption. `image_of` gives the record of an image that is listed."""
+
+    def one(record: dict[str, Any]) -> tuple[ImageId, str]:
+        image_id = record.get("image_id")
+        if not isinstance(image_id, int | str) or image_of(image_id) is None:
+            raise BadRecordError(f"caption without image: {brief(image_id)} is not listed")
+        if not isinstance(record.get("caption"), str) or not record["caption"].strip():
+            raise BadRecordError("empty caption")
+        return image_id, one_line(record["caption"], "caption")
+
+    yield from _each(path, "annotations", one)
+
+
+def each_object(
+    path: Path, categories: dict[ImageId, dict[str, Any]], image_of: ImageOf
+) -> Iterator[tuple[str, CocoObject | BadRecordError]]:
+    """Place and object of each annotation. `image_of` gives the record of an image that is listed."""
+    yield from _each(path, "annotations", lambda record: _object(record, image_of, categories))
+
+
+def read_categories(path: Path) -> dict[ImageId, dict[str, Any]]:
+    """Categories by id, as they are listed.
+
+    Raises:
+        InputError: if one has no id or no name, or there are more than anybody would name.
+    """
+    categories: dict[ImageId, dict[str, Any]] = {}
+    for place, category in elements(path, "categories"):
+        name = category.get("name") if isinstance(category, dict) else None
+        if not isinstance(name, str) or not name.strip() or not isinstance(category.get("id"), int | str):
+            raise InputError(f"{path}: {place} needs an id and a name, found {str(category)[:80]}")
+        categories[category["id"]] = category
+        if len(categories) > MAX_CATEGORIES:
+            raise InputError(f"{path} lists more than {MAX_CATEGORIES} categories; expected a list of kinds of objects")
+    return categories
+
+
+def _each(path: Path, key: str, one: Callable[[dict[str, Any]], _T]) -> Iterator[tuple[str, _T | BadRecordError]]:
+    for place, value in elements(path, key):
+        try:
+            if isinstance(value, BadRecordError):
+                raise value
+            yield place, one(mapping(value))
+        except BadRecordError as error:
+            yield place, error
+
+
+def _image(record: dict[str, Any]) -> dict[str, Any]:
+    image_id, name, width, height = (record.get(key) for key in ("id", "file_name", "width", "height"))
+    if not isinstance(image_id, int | str):
+        raise BadRecordError(f"image without id: found {brief(image_id)}")
+    if not is_safe_name(name):
+        raise BadRecordError(f"unsafe file name: {brief(name)} would leave the folder of images")
+    if not isinstance(width, int) or not isinstance(height, int) or width <= 0 or height <= 0:
+        raise BadRecordError(f"image without size: width {brief(width)}, height {brief(height)}")
+    if width * height > MAX_PIXELS:
+        raise BadRecordError(f"image too large: {brief(width)} x {brief(height)}, at most {MAX_PIXELS} pixels are read")
+    return {"id": image_id, "file_name": name, "width": width, "height": height, "source": record.get("source", "")}
+
+
+def _object(record: dict[str, Any], image_of: ImageOf, categories: dict[ImageId, dict[str, Any]]) -> CocoObject:
     image_id, category_id = record.get("image_id"), record.get("category_id")
-    if not isinstance(image_id, int | str) or image_id not in images:
-        raise _BadRecordError(f"object without image: {image_id!r} is not listed")
-    if not isinstance(category_id, int | str) or category_id not in names:
-        raise _BadRecordError(f"unknown category: {category_id!r}")
-    image = images[image_id]
+    image = image_of(image_id) if isinstance(image_id, int | str) else None
+    if image is None:
+        raise BadRecordError(f"object without image: {brief(image_id)} is not listed")
+    if not isinstance(category_id, int | str) or category_id not in categories:
+        raise BadRecordError(f"unknown category: {brief(category_id)}")
     return CocoObject(
-        image_id=image_id,
-        category=names[category_id],
+        image_id=image["id"],
+        category=categories[category_id]["name"].strip(),
         box_xyxy=clip_box(record.get("bbox"), image["width"], image["height"]),
         rle=to_rle(record.get("segmentation"), image["width"], image["height"]),
         crowd=bool(record.get("iscrowd", 0)),
@@ -138,22 +184,14 @@ def _read_object(record: dict[str, Any], images: dict[ImageId, dict[str, Any]], 
     )
 
 
-def clip_box(bbox: Any, width: int, height: int) -> tuple[float, float, float, float]:
+def clip_box(bbox: Any, width: int, height: int) -> Box:
     """COCO's x, y, width, height as corners inside the image.
 
     Raises:
         ValueError: if it is no box, or lies wholly outside.
     """
-    numbers = isinstance(bbox, list | tuple) and len(bbox) == 4
-    if not numbers or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
-        raise _BadRecordError(f"bad box: expected four finite numbers, found {bbox!r:.60}")
-    x, y, w, h = (float(value) for value in bbox)
-    if x + w <= x or y + h <= y:
-        raise _BadRecordError(f"bad box: no area in {bbox!r:.60}")
-    x0, y0, x1, y1 = max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)
-    if x0 >= x1 or y0 >= y1:
-        raise _BadRecordError(f"box outside image: {bbox!r:.60} in {width} x {height}")
-    return x0, y0, x1, y1
+    x, y, w, h = numbers(bbox, 4, "box")
+    return clipped((x, y, x + w, y + h), width, height)
 
 
 def to_rle(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
@@ -167,27 +205,27 @@ def to_rle(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
     try:
         if isinstance(segmentation, list):
             if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
-                raise _BadRecordError("bad mask: a polygon needs at least three points")
+                raise BadRecordError("bad mask: a polygon needs at least three points")
             limit = 2 * max(width, height)  # pycocotools walks every pixel of an edge, however far outside
             if not all(isinstance(v, int | float) and abs(v) <= limit for polygon in segmentation for v in polygon):
-                raise _BadRecordError(f"bad mask: a polygon leaves its {width} x {height} image by far")
+                raise BadRecordError(f"bad mask: a polygon leaves its {width} x {height} image by far")
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation, dict) and list(segmentation.get("size", ())) == [height, width]:
             counts = segmentation["counts"]
             if isinstance(counts, list):
                 if sum(counts) != width * height or min(counts, default=0) < 0:
-                    raise _BadRecordError(f"bad mask: run lengths do not add up to {width} x {height}")
+                    raise BadRecordError(f"bad mask: run lengths do not add up to {width} x {height}")
                 rle = coco_mask.frPyObjects(segmentation, height, width)
             else:
                 if sum(_run_lengths(counts)) != width * height:
-                    raise _BadRecordError(f"bad mask: run lengths do not add up to {width} x {height}")
+                    raise BadRecordError(f"bad mask: run lengths do not add up to {width} x {height}")
                 rle = {"counts": counts.encode()}
         else:
-            raise _BadRecordError(f"bad mask: not a segmentation of a {width} x {height} image: {segmentation!r:.60}")
-    except _BadRecordError:
+            raise BadRecordError(f"bad mask: not a segmentation of a {width} x {height} image: {brief(segmentation)}")
+    except BadRecordError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _BadRecordError(f"bad mask: {error}") from None
+        raise BadRecordError(f"bad mask: {error}") from None
     return {"size": [height, width], "counts": rle["counts"].decode()}
 
 
@@ -218,7 +256,3 @@ def _run_lengths(counts: str) -> list[int]:
     if shift:
         raise ValueError("run lengths are cut off")
     return lengths
-
-
-def _reject(path: Path, key: str, position: int, reason: str) -> Rejected:
-    return Rejected(source=str(path), record=f"{key}[{position}]", reason=reason)

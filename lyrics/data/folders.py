@@ -15,6 +15,7 @@ from lyrics import seeding
 from lyrics.data import coco, pope, vqa
 from lyrics.data.files import BadImageError, decode, pixel_hash
 from lyrics.data.formats import write_coco, write_json_lines
+from lyrics.data.ledger import Ledger
 from lyrics.data.records import Rejected
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.errors import InputError
@@ -41,8 +42,8 @@ class _Source:
     categories: list[dict[str, Any]]
 
 
-def ingest(config: "Config", destination: Path) -> tuple[dict[str, dict[str, int]], list[Rejected]]:
-    """Check all splits, then write them.
+def ingest(config: "Config", destination: Path, ledger: Ledger) -> dict[str, dict[str, int]]:
+    """Check all splits, then write them; counts by split.
 
     Raises:
         InputError: before anything is written, if a folder or file is missing or unreadable, or a split is empty.
@@ -58,7 +59,9 @@ def ingest(config: "Config", destination: Path) -> tuple[dict[str, dict[str, int
             counts[split] = _write_web(config.seed, source, destination / "web")
         else:
             counts[split] = _write_annotated(config.seed, split, source, destination / split)
-    return counts, rejected
+    for record in rejected:
+        ledger.add(record)
+    return counts
 
 
 def _read_all(config: "Config", root: Path) -> tuple[dict[str, _Source], list[Rejected]]:
@@ -74,9 +77,8 @@ def _read_all(config: "Config", root: Path) -> tuple[dict[str, _Source], list[Re
     for split in SPLITS:
         if split in data.splits:
             sources[split] = _read(split, root / data.splits[split], data.max_images, seen, rejected)
-    relative = [dataclasses.replace(r, source=Path(r.source).relative_to(root).as_posix()) for r in rejected]
     # One sub-folder may serve two splits; what is wrong in it is reported once.
-    return sources, list(dict.fromkeys(relative))
+    return sources, list(dict.fromkeys(rejected))
 
 
 def _read(split: str, folder: Path, max_images: int | None, seen: dict[str, str], rejected: list[Rejected]) -> _Source:

@@ -1,4 +1,4 @@
-"""Ingest (pipeline stage): the embedded world, or folders in COCO format, written as raw data in public formats.
+"""Ingest (pipeline stage): the embedded world, folders in COCO format, or data sets in public formats, as raw data.
 
 web/00000.tar …   pairs as img2dataset writes them
 SPLIT/            images/, captions.json, instances.json and, where the source has them, VQA, RefCOCO, POPE, LLaVA;
@@ -6,7 +6,6 @@ SPLIT/            images/, captions.json, instances.json and, where the source h
 summary.json      counts;  rejected.parquet: what was set aside, and why;  web_truth.parquet: for scoring only
 """
 
-import collections
 import itertools
 import shutil
 from pathlib import Path
@@ -17,9 +16,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lyrics import seeding
-from lyrics.data import folders, pope, vqa
+from lyrics.data import folders, pope, sets, vqa
 from lyrics.data.formats import ABSENT, write_coco, write_document, write_json_lines
-from lyrics.data.records import Rejected
+from lyrics.data.ledger import Ledger
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.io import write_json, write_text
 from lyrics.world import datasets
@@ -42,20 +41,22 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         datasets.check(config.world)
     building = work / "building"
     shutil.rmtree(building, ignore_errors=True)
+    ledger = Ledger(building / "rejected.parquet", Path(config.data.folder or ""))
     if config.data.source == "world":
         counts = _ingest_world(config, building)
-        rejected: list[Rejected] = []
+    elif config.data.source == "coco":
+        counts = folders.ingest(config, building, ledger)
     else:
-        counts, rejected = folders.ingest(config, building)
-    write_rejected(building / "rejected.parquet", rejected)
+        counts = sets.ingest(config, building, ledger)
+    ledger.close()
     for split, meaning in NAMED.items():
         if split not in counts:
             write_text(building / split / ABSENT, f"{meaning}\n")
-    reasons = collections.Counter(record.reason.partition(":")[0] for record in rejected)
-    write_json(building / "summary.json", {"source": config.data.source, "splits": counts, "rejected": dict(reasons)})
+    summary = {"source": config.data.source, "splits": counts, "rejected": dict(ledger.reasons)}
+    write_json(building / "summary.json", summary)
     tracker.log_metrics(
         {f"ingest/{split}_{name}": float(n) for split, of_split in counts.items() for name, n in of_split.items()}
-        | {"ingest/rejected": float(len(rejected))}
+        | {"ingest/rejected": float(ledger.reasons.total())}
     )
     building.replace(work / "out")
 
@@ -125,13 +126,6 @@ def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, in
         write_document(folder / "llava.json", dialogues)
         counts["dialogues"] = len(dialogues)
     return counts
-
-
-def write_rejected(path: Path, rejected: list[Rejected]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([("source", pa.string()), ("record", pa.string()), ("reason", pa.string())])
-    rows = [{"source": r.source, "record": r.record, "reason": r.reason} for r in rejected]
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def _shikra(picture: datasets.Picture, expression: Any, side: int) -> dict[str, Any]:

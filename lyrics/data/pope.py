@@ -1,13 +1,27 @@
 """POPE (JSON lines): is there such an object in the image? Yes and no equally often, three ways to pick the no."""
 
 import collections
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lyrics.data.files import load_json_lines
-from lyrics.data.records import Rejected, Sample
+from lyrics.data.records import (
+    BadRecordError,
+    Record,
+    Rejected,
+    Sample,
+    convert,
+    identifier,
+    listed,
+    mapping,
+    name,
+    one_line,
+    text,
+)
+from lyrics.data.streams import json_lines
 
 CATEGORIES = ("random", "popular", "adversarial")
 _PER_IMAGE = 3
@@ -24,10 +38,10 @@ def sample(presence: dict[str, list[str]], names: list[str], generator: np.rando
     what is present (adversarial). Images without objects, or with all, are not asked about.
     """
     frequency = collections.Counter(name for present in presence.values() for name in set(present))
-    together: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in names}
+    together: dict[str, collections.Counter[str]] = {one: collections.Counter() for one in names}
     for present in presence.values():
-        for name in set(present):
-            together[name].update(set(present) - {name})
+        for one in set(present):
+            together[one].update(set(present) - {one})
     lines: list[dict[str, Any]] = []
     for image, present in presence.items():
         there = sorted(set(present))
@@ -42,8 +56,8 @@ def sample(presence: dict[str, list[str]], names: list[str], generator: np.rando
                 company = sum((together[other] for other in there), collections.Counter())
                 order.sort(key=lambda name, company=company: -company[name])  # type: ignore[misc]
             for positive, negative in zip(asked, order[:count], strict=True):
-                for name, label in ((positive, "yes"), (negative, "no")):
-                    lines.append({"image": image, "text": question(name), "label": label, "category": category})
+                for one, label in ((positive, "yes"), (negative, "no")):
+                    lines.append({"image": image, "text": question(one), "label": label, "category": category})
     return [{"question_id": number, **line} for number, line in enumerate(lines, start=1)]
 
 
@@ -57,27 +71,31 @@ def read(path: Path) -> tuple[list[Sample], list[Rejected]]:
     The official files have no category: there, the file name's last part (`coco_pope_random`) is the kind.
 
     Raises:
-        InputError: if the file is missing or not JSON lines.
+        InputError: if the file is missing or damaged.
     """
-    samples, rejected = [], []
+    return listed(each(path))
+
+
+def each(path: Path) -> Iterator[Record | Rejected]:
+    """`read` as a stream."""
     fallback = path.stem.rpartition("_")[2] or "pope"
-    for number, record in enumerate(load_json_lines(path), start=1):
-        usable = isinstance(record, dict) and all(
-            isinstance(record.get(key), str) for key in ("image", "text", "label")
-        )
-        label = record["label"].strip().lower() if usable else ""
-        if label not in ("yes", "no"):
-            reason = "a POPE line needs image, text and label yes or no"
-            rejected.append(Rejected(source=str(path), record=f"line {number}", reason=reason))
-            continue
-        samples.append(
-            Sample(
-                sample_id=f"pope-{record.get('question_id', number)}",
-                image_id=record["image"],
-                task="pope",
-                kind=str(record.get("category", fallback)),
-                question=record["text"].strip(),
-                references=(label,),
-            )
-        )
-    return samples, rejected
+    count = itertools.count(1)
+    return convert(path, json_lines(path), lambda value: _record(value, next(count), fallback))
+
+
+def _record(value: Any, number: int, fallback: str) -> Record:
+    record = mapping(value)
+    label = record["label"].strip().lower() if isinstance(record.get("label"), str) else ""
+    if label not in ("yes", "no"):
+        raise BadRecordError("bad answer: a POPE line needs a label yes or no")
+    image = name(record.get("image"))
+    sample = Sample(
+        sample_id=f"pope-{identifier(record.get('question_id', number))}",
+        image_id=image,
+        task="pope",
+        kind=one_line(record.get("category", fallback), "category"),
+        question=text(record.get("text"), "question"),
+        references=(label,),
+        source=str(record.get("source", "")),
+    )
+    return Record(images=(image,), samples=(sample,))

@@ -14,22 +14,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lyrics.data.files import decode
+from lyrics.data.files import MAX_IMAGE_BYTES, decode, is_safe_name
+from lyrics.data.records import Rejected, printable
+from lyrics.data.streams import MAX_RECORD_BYTES, Unpacked, parse
 from lyrics.errors import InputError
 from lyrics.io import atomic_path
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_SUFFIX_LIMITS = {**dict.fromkeys(_IMAGE_SUFFIXES, MAX_IMAGE_BYTES), "txt": 1 << 20, "json": MAX_RECORD_BYTES}
 _MEMBER = "::"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WebPair:
-    """One pair as stored; `None` for what its tar lacks."""
+    """One pair as stored; `None` for what its tar lacks. `offset`: the byte of its first header in the tar."""
 
     key: str
     image_bytes: bytes | None
     caption: str | None
     meta: dict[str, Any]
+    offset: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """Of the picture's member in a tar of ours: what its bytes are, whatever they were called."""
+        content = self.image_bytes or b""
+        if content.startswith(b"\x89PNG"):
+            return "png"
+        return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else "jpg"
 
 
 def read_pairs(tar: Path) -> Iterator[WebPair]:
@@ -38,39 +50,106 @@ def read_pairs(tar: Path) -> Iterator[WebPair]:
     Raises:
         InputError: if the file is no readable tar.
     """
-    key: str | None = None
+    return (item for item in each(tar) if isinstance(item, WebPair))
+
+
+def each(tar: Path) -> Iterator[WebPair | Rejected]:
+    """`read_pairs`, with the members that are set aside: their place is the byte of their header in the (unpacked) tar.
+
+    Nothing is written anywhere, no link is followed, and no member is held that nobody asks for.
+
+    Raises:
+        InputError: if the file is no readable tar, after what could be read of it.
+    """
+    key, place = "", 0
     parts: dict[str, bytes] = {}
+    damage: InputError | None = None
+    for member, content in _members(tar):
+        if isinstance(member, InputError):
+            damage = member
+            break
+        reason = _fault(member)
+        if reason is None and content is not None:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            name = f"{folder}/{stem}" if folder else stem
+            if name != key:
+                if parts:
+                    yield _pair(key, parts, place)
+                key, place, parts = name, member.offset, {}
+            if suffix.lower() not in parts:
+                parts[suffix.lower()] = content
+                continue
+            reason = f"repeated member: {member.name[:80]!r}"
+        if reason is not None:
+            yield Rejected(source=str(tar), record=f"byte {member.offset}", reason=reason)
+    if parts:
+        yield _pair(key, parts, place)
+    if damage is not None:
+        raise damage
+
+
+class _Cautious(io.BufferedReader):
+    """Refuses to hold what no member of ours needs: an extended header may claim gigabytes. `last` was read last."""
+
+    last = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_IMAGE_BYTES + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        self.last = super().read(size)
+        return self.last
+
+
+def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo | InputError, bytes | None]]:
+    """Headers, with the content of those that belong to a pair; at the end what is wrong with the tar, if anything."""
+    last = -1
     try:
-        with tarfile.open(tar) as opened:
-            for member in opened:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
-                if name != key:
-                    if key is not None:
-                        yield _pair(key, parts)
-                    key, parts = name, {}
-                extracted = opened.extractfile(member)
-                assert extracted is not None
-                parts[suffix.lower()] = extracted.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{tar} is not a readable tar: {error}; write or download it again") from None
-    if key is not None:
-        yield _pair(key, parts)
+        with _Cautious(Unpacked(tar)) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+            while (member := opened.next()) is not None:
+                opened.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if member.offset <= last:
+                    raise tarfile.ReadError(f"the member at byte {last} points backwards")
+                last = member.offset
+                extracted = opened.extractfile(member) if _is_part(member) and _fault(member) is None else None
+                yield member, None if extracted is None else extracted.read()
+            if stream.last.strip(b"\0"):  # tarfile takes any block that is no header for the end
+                raise tarfile.ReadError("no header where one should be")
+    except InputError as error:
+        yield error, None
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as e:
+        reached = f" after byte {last}" if last >= 0 else ""
+        yield InputError(f"{tar} is not a readable tar{reached}: {printable(e)}; write or download it again"), None
 
 
-def _pair(key: str, parts: dict[str, bytes]) -> WebPair:
+def _is_part(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and member.name.rpartition("/")[2].partition(".")[2].lower() in _SUFFIX_LIMITS
+
+
+def _fault(member: tarfile.TarInfo) -> str | None:
+    """Why a member is set aside. Folders and files of other kinds are no fault."""
+    if not is_safe_name(member.name):
+        return f"unsafe member name: {member.name[:80]!r}"
+    if member.issym() or member.islnk():
+        return f"link: {member.name[:80]!r} to {member.linkname[:80]!r}"
+    if member.isdev():
+        return f"device or pipe: {member.name[:80]!r}"
+    if member.issparse():
+        return f"sparse member: {member.name[:80]!r}"
+    if _is_part(member) and member.size > (limit := _SUFFIX_LIMITS[member.name.rpartition(".")[2].lower()]):
+        return f"member too large: {member.name[:80]!r} has {member.size} bytes, at most {limit} are read"
+    return None
+
+
+def _pair(key: str, parts: dict[str, bytes], place: int) -> WebPair:
+    """The caption is that of the text, else that of the metadata."""
     image = next((parts[suffix] for suffix in _IMAGE_SUFFIXES if suffix in parts), None)
     text = parts["txt"].decode("utf-8", errors="replace") if "txt" in parts else None
-    meta: Any = {}
-    if "json" in parts:
-        try:
-            meta = json.loads(parts["json"])
-        except ValueError:  # also a wrong encoding; the pair is usable without
-            meta = {}
-    return WebPair(key=key, image_bytes=image, caption=text, meta=meta if isinstance(meta, dict) else {})
+    meta = parse(parts["json"]) if "json" in parts else {}  # the pair is usable without
+    meta = meta if isinstance(meta, dict) else {}
+    if text is None and isinstance(meta.get("caption"), str):
+        text = meta["caption"]
+    return WebPair(key=key, image_bytes=image, caption=text, meta=meta, offset=place)
 
 
 def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
@@ -81,7 +160,7 @@ def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
             meta = {**pair.meta, "key": pair.key}
             if pair.caption is not None:
                 meta["caption"] = pair.caption
-            members = {"jpg": pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
+            members = {pair.suffix: pair.image_bytes, "txt": None if pair.caption is None else pair.caption.encode()}
             members["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
             for suffix, content in members.items():
                 if content is not None:

@@ -52,6 +52,7 @@ _SAMPLE_SCHEMA = pa.schema(
         ("references", pa.list_(pa.string())),
         ("box_xyxy", pa.list_(pa.float64())),
         ("turns", pa.list_(pa.list_(pa.string()))),
+        ("source", pa.string()),
     ]
 )
 

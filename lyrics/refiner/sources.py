@@ -67,7 +67,7 @@ def _web_record(tar: Path, pair: WebPair) -> ImageRecord:
         width, height = image.size
     return ImageRecord(
         image_id=pair.key,
-        path=f"{tar.as_posix()}::{pair.key}.jpg",
+        path=f"{tar.as_posix()}::{pair.key}.{pair.suffix}",
         width=width,
         height=height,
         captions=((pair.caption or "").strip(),),

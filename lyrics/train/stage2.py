@@ -85,14 +85,15 @@ def _data(config: Config) -> Stage2Data:
     data = Stage2Data(
         splits[0],
         coordinate_format=config.refine.coordinate_format,
-        task_shares=settings.task_shares,
+        shares=settings.shares,
+        mix_by=settings.mix_by,
         without_spatial=settings.without_spatial,
         spatial_text_in_llm=settings.spatial_text == "llm",
         first=First(**dataclasses.asdict(settings.first)),
         turns=settings.turns,
         seed=config.seed,
     )
-    log.info("stage 2 mixes %s", {task: round(share, 3) for task, share in data.later.weights.items()})
+    log.info("stage 2 mixes %s", {name: round(share, 3) for name, share in data.later.weights.items()})
     return data
 
 

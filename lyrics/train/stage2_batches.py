@@ -1,8 +1,12 @@
-"""Batches of stage 2: instructions of several tasks, mixed; every draw keyed by (seed, step, slot)."""
+"""Batches of stage 2: instructions of several tasks or sources, mixed.
+
+Every draw is keyed by (seed, step, slot): any sample of any step can be had alone, so that training resumes anywhere.
+"""
 
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -20,20 +24,32 @@ log = logging.getLogger(__name__)
 JOINED = ("vqa", "refer", "pope")  # tasks whose questions about one picture may follow each other in a sample
 
 
-def mixing_weights(sizes: dict[str, int], shares: dict[str, float] | None) -> dict[str, float]:
-    """How often each task is drawn: by `shares`, scaled to the tasks at hand, else by the square root of its size.
+Shares = Literal["sqrt", "as_given"] | dict[str, float]
+MixBy = Literal["task", "source"]
+
+
+def mixing_weights(sizes: dict[str, int], shares: Shares) -> dict[str, float]:
+    """How often each group is drawn, in [0, 1].
+
+    Args:
+        sizes: number of samples of each task, or of each source.
+        shares: `sqrt` by the square root of a group's size, `as_given` by its size (every sample is as likely), or a
+            share by name, scaled to the groups at hand.
 
     Raises:
-        InputError: no task at hand has a share.
+        InputError: no group at hand has a share.
     """
-    weights = {task: np.sqrt(size) if shares is None else shares.get(task, 0.0) for task, size in sizes.items()}
+    if isinstance(shares, dict):
+        weights = {name: shares.get(name, 0.0) for name in sizes}
+    else:
+        weights = {name: float(np.sqrt(size)) if shares == "sqrt" else float(size) for name, size in sizes.items()}
     total = sum(weights.values())
     if total <= 0:
         raise InputError(
-            f"stage2.task_shares names {', '.join(shares or {})}, but the data has only {', '.join(sizes)}; "
-            "give one of these a share, or set it to null"
+            f"stage2.shares names {', '.join(shares)}, but the data has only {', '.join(sizes)}; "
+            "give one of these a share, or set it to sqrt or as_given"
         )
-    return {task: float(weight / total) for task, weight in weights.items() if weight > 0}
+    return {name: float(weight / total) for name, weight in weights.items() if weight > 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,28 +87,29 @@ NO_FIRST = First(0, (), 0.0)
 
 
 class Pool:
-    """Samples that are drawn by the shares of their tasks.
+    """Samples that are drawn by the shares of their tasks or sources.
 
     Raises:
-        InputError: no task at hand has a share.
+        InputError: no group at hand has a share.
     """
 
-    def __init__(self, samples: Sequence[Sample], task_shares: dict[str, float] | None) -> None:
-        self.by_task: dict[str, list[Sample]] = {}
-        self.asked: dict[str, dict[str, list[Sample]]] = {}  # questions about a picture, by task
+    def __init__(self, samples: Sequence[Sample], shares: Shares, mix_by: MixBy = "task") -> None:
+        self.groups: dict[str, list[Sample]] = {}
+        self.asked: dict[str, dict[str, list[Sample]]] = {}  # questions about a picture, by group
         for sample in samples:
-            self.by_task.setdefault(sample.task, []).append(sample)
+            group = sample.task if mix_by == "task" else sample.source or sample.task
+            self.groups.setdefault(group, []).append(sample)
             if sample.task in JOINED:
-                self.asked.setdefault(sample.image_id, {}).setdefault(sample.task, []).append(sample)
-        self.weights = mixing_weights({t: len(s) for t, s in self.by_task.items()}, task_shares)
+                self.asked.setdefault(sample.image_id, {}).setdefault(group, []).append(sample)
+        self.weights = mixing_weights({name: len(found) for name, found in self.groups.items()}, shares)
 
     def draw(self, turns: int, draw: np.random.Generator) -> list[Sample]:
         """A sample; if it is a question, up to `turns` about its picture, none asked twice."""
-        task = _choose(self.weights, draw)
-        sample = self.by_task[task][draw.integers(len(self.by_task[task]))]
+        group = self.groups[_choose(self.weights, draw)]
+        sample = group[draw.integers(len(group))]
         chosen = {instruction(sample): sample}
-        asked = self.asked[sample.image_id] if task in JOINED else {}
-        left = {task: [found[i] for i in draw.permutation(len(found))] for task, found in asked.items()}
+        asked = self.asked[sample.image_id] if sample.task in JOINED else {}
+        left = {name: [found[i] for i in draw.permutation(len(found))] for name, found in asked.items()}
         while len(chosen) < turns and (weights := {t: w for t, w in self.weights.items() if left.get(t)}):
             other = left[_choose(weights, draw)].pop()
             chosen.setdefault(instruction(other), other)
@@ -107,7 +124,8 @@ class Stage2Data:
         split: RefinedSplit,
         *,
         coordinate_format: CoordinateFormat,
-        task_shares: dict[str, float] | None,
+        shares: Shares,
+        mix_by: MixBy = "task",
         without_spatial: float,
         spatial_text_in_llm: bool,
         first: First = NO_FIRST,
@@ -117,11 +135,11 @@ class Stage2Data:
         self.split, self.coordinate_format, self.seed = split, coordinate_format, seed
         self.without_spatial, self.spatial_text_in_llm = without_spatial, spatial_text_in_llm
         self.first, self.turns = first, turns
-        self.later = Pool(split.samples, task_shares)
+        self.later = Pool(split.samples, shares, mix_by)
         of_kinds = [s for s in split.samples if s.kind in first.kinds]
         if first.steps and not of_kinds:
             log.warning("no sample is of stage2.first.kinds (%s): all tasks from the start", ", ".join(first.kinds))
-        self.early = Pool(of_kinds, None) if of_kinds else self.later
+        self.early = Pool(of_kinds, "sqrt", mix_by) if of_kinds else self.later
 
     def __len__(self) -> int:
         return len(self.split.samples)
@@ -159,7 +177,7 @@ class Stage2Data:
 
 
 def _choose(weights: dict[str, float], draw: np.random.Generator) -> str:
-    """A task by its weight; the weights need not add up to 1."""
+    """A name by its weight; the weights need not add up to 1."""
     weight_T = np.array(list(weights.values()))
     return list(weights)[draw.choice(len(weights), p=weight_T / weight_T.sum())]
 

@@ -1,13 +1,10 @@
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_files import jpeg
 
-from lyrics import seeding
 from lyrics.config import Data
 from lyrics.data import ingest
 from lyrics.stage import NullTracker
@@ -26,13 +23,6 @@ def shared():
         return path
 
     return find
-
-
-def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
-    pixels = seeding.rng("test jpeg", seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -74,7 +64,7 @@ def ingest_folder(tmp_path):
     def run(folder: Path, splits: dict[str, str], max_images: int | None = None) -> Path:
         work = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
         work.mkdir()
-        data = Data(source="coco", folder=str(folder), splits=splits, max_images=max_images)
+        data = Data(source="coco", folder=str(folder), splits=splits, sets=(), max_images=max_images)
         ingest.run(SimpleNamespace(seed=0, data=data), work, NullTracker())
         return work / "out"
 

@@ -29,7 +29,7 @@ def test_a_clipped_box_lies_inside_and_within_the_original(x, y, w, h):
     "bbox", [None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, float("inf"), 4], ["1", 2, 3, 4], {}]
 )
 def test_what_is_no_box_is_refused(bbox):
-    with pytest.raises(ValueError, match="bad box: expected four finite numbers"):
+    with pytest.raises(ValueError, match="bad box: expected 4 finite numbers"):
         coco.clip_box(bbox, 40, 30)
 
 

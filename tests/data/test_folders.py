@@ -116,7 +116,7 @@ def test_boxes_outside_are_rejected_and_boxes_over_the_edge_clipped(tmp_path, ma
         ('{"images": [],\n "annotations": [}', r"captions\.json is not valid JSON: .* at line 2, column 18"),
         ("[1, 2]", r'captions\.json: expected a JSON object with a list "images", found list'),
         ('{"images": {}}', r'captions\.json: expected a JSON object with a list "images"'),
-        ('{"images": [3], "annotations": []}', r"captions\.json: images\[0\] should be an object, found int"),
+        ('{"images": [', r"captions\.json is not valid JSON: it ends in the middle at line 1, column 13"),
         ("[" * 100_000, r"captions\.json is not (usable|valid) JSON"),
     ],
 )
@@ -127,10 +127,18 @@ def test_wrong_json_is_refused_with_file_and_place(tmp_path, make_split, ingest_
         ingest_folder(tmp_path / "in", WEB)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path, make_split, ingest_folder):
+def test_records_that_are_no_text_or_no_object_are_set_aside_alone(tmp_path, make_split, ingest_folder):
     make_split(tmp_path / "in" / "train")
-    (tmp_path / "in" / "train" / "instances.json").write_bytes(b'{"a": "\xff\xfe"}')
-    with pytest.raises(InputError, match=r"instances\.json is not UTF-8 text \(byte 7\)"):
+    path = tmp_path / "in" / "train" / "captions.json"
+    content = path.read_bytes().replace(b"picture a.jpg", b"picture \xff")
+    path.write_bytes(content.replace(b'"annotations": [', b'"annotations": [3, '))
+    raw = ingest_folder(tmp_path / "in", WEB)
+    assert rejected(raw) == {
+        "annotations[0]": "bad record: expected an object, found int",
+        "annotations[1]": "not UTF-8 text: at byte 45 of the record",
+    }
+    path.write_bytes(content.decode("latin-1").encode("utf-16"))
+    with pytest.raises(InputError, match=r"captions\.json is not UTF-8 text but UTF-16; save it as UTF-8"):
         ingest_folder(tmp_path / "in", WEB)
 
 

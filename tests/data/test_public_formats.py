@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyrics.data import llava, pope, refcoco, vqa
-from lyrics.data.files import is_safe_name, load_json_lines
+from lyrics.data.files import is_safe_name
+from lyrics.data.records import BadRecordError
+from lyrics.data.streams import json_lines
 from lyrics.errors import InputError
 
 
@@ -63,7 +65,8 @@ def test_what_vqa_writes_it_reads(tmp_path):
     [
         ({"question": " "}, "without text"),
         ({"image_id": 6}, "different images"),
-        ({"question_id": [1]}, "without annotation"),
+        ({"question_id": [1]}, "bad id"),
+        ({"question_id": 7}, "without annotation"),
     ],
 )
 def test_a_damaged_question_is_rejected_alone(tmp_path, change, reason):
@@ -147,20 +150,22 @@ def test_adversarial_negatives_are_what_usually_comes_along():
     assert negative["popular"] == "Is there a boat in the image?"
 
 
-def test_wrong_json_lines_name_file_and_line(tmp_path):
+def test_a_line_that_is_no_json_is_rejected_alone(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": }\n')
-    with pytest.raises(InputError, match=r"x\.jsonl is not valid JSON lines: .* at line 2, column 7"):
-        load_json_lines(path)
+    first, second = json_lines(path)
+    assert first == ("line 1", {"a": 1})
+    assert second[0] == "line 2" and isinstance(second[1], BadRecordError)
+    assert str(second[1]) == "not JSON: Expecting value at column 7"
 
 
 def test_gzip_is_recognised_by_its_bytes_and_a_cut_one_is_refused(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(gzip.compress(b'{"a": 1}\n'))
-    assert load_json_lines(path) == [{"a": 1}]
+    assert list(json_lines(path)) == [("line 1", {"a": 1})]
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100)[:-9])
     with pytest.raises(InputError, match=r"x\.json cannot be read"):
-        load_json_lines(path)
+        list(json_lines(path))
 
 
 @given(st.text("ab./\\:", max_size=12))

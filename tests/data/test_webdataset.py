@@ -1,14 +1,13 @@
 import hashlib
 import io
-import struct
 import tarfile
-import zlib
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_files import bomb, encoded
 
 from lyrics.data import webdataset
 from lyrics.data.files import BadImageError, decode
@@ -118,17 +117,6 @@ def test_a_tar_with_strange_members_is_read_for_what_it_has(tmp_path):
     assert (second.key, second.image_bytes, second.caption) == ("e/a", b"2", None)
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that claims `side` × `side` pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("side", [9_000, 100_000])
 def test_a_decompression_bomb_is_refused_undecoded(side):
     with pytest.raises(BadImageError, match="pixels"):
@@ -154,8 +142,27 @@ def test_modes_become_rgb():
         assert decode(buffer.getvalue()).mode == "RGB"
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_a_picture_is_stored_under_the_suffix_of_its_bytes(tmp_path, kind, suffix):
+    write_tar(tmp_path / "a.tar", [WebPair(key="1", image_bytes=encoded(kind), caption="c", meta={})])
+    assert webdataset.image_bytes(f"{tmp_path / 'a.tar'}::1.{suffix}") == encoded(kind)
+    (pair,) = read_pairs(tmp_path / "a.tar")
+    assert (pair.image_bytes, pair.suffix) == (encoded(kind), suffix)
+
+
 def test_the_table_has_the_hash_of_each_picture(tmp_path):
     write_tar(tmp_path / "a.tar", [WebPair(key="1", image_bytes=b"x", caption="c", meta={"url": "u"})])
     (row,) = pq.read_table(tmp_path / "a.parquet").to_pylist()
     assert row["sha256"] == hashlib.sha256(b"x").hexdigest()
     assert (row["url"], row["caption"], row["status"]) == ("u", "c", "success")
+
+
+def test_the_refiner_finds_a_picture_of_any_suffix(tmp_path, monkeypatch):
+    from lyrics.refiner.sources import read_sources
+
+    monkeypatch.chdir(tmp_path)
+    kinds = {"a": "JPEG", "b": "PNG", "c": "WEBP"}
+    pairs = [WebPair(key=key, image_bytes=encoded(kind), caption="c", meta={}) for key, kind in kinds.items()]
+    write_tar(tmp_path / "data/clean/00000.tar", pairs)
+    (source,) = read_sources()
+    assert [webdataset.open_image(image.path).size for image in source.images] == [(8, 6)] * 3

@@ -43,7 +43,7 @@ def test_composing_twice_gives_the_same_bytes() -> None:
     ("changes", "message"),
     [
         ({"preset": "huge"}, r"preset 'huge' in params/run.yaml is unknown; choices: laptop, paper, tiny"),
-        ({"data": "mars"}, r"data 'mars' .* choices: photos, world"),
+        ({"data": "mars"}, r"data 'mars' .* choices: files, photos, world"),
         ({"overrides": {"stage2.stepz": 3}}, r"override stage2.stepz .* unknown key; keys there: .*steps"),
         ({"overrides": {"nothing.here": 3}}, r"override nothing.here .* unknown key; keys there: .*stage1"),
         ({"overrides": {"stage2.optimizer": 3}}, r"stage2.optimizer .* is a group of keys, not a value: .*lr"),
@@ -139,9 +139,24 @@ def test_a_damaged_composed_file_is_named_with_its_cure(content: str) -> None:
         config.load()
 
 
-def test_a_group_that_may_be_null_can_be_set_to_null() -> None:
-    compose.configure(["stage2.task_shares=null"])
-    assert compose.compose()["stage2"]["task_shares"] is None
+def test_shares_may_be_a_rule_or_a_mapping_with_names_of_the_users() -> None:
+    compose.configure(["stage2.shares=as_given", "stage2.mix_by=source"])
+    assert compose.compose()["stage2"]["shares"] == "as_given"
+    compose.configure(["~stage2.shares", "stage2.shares.gqa=0.5", "stage2.shares.vqa=0"])
+    shares = compose.compose()["stage2"]["shares"]
+    assert (shares["gqa"], shares["vqa"], shares["caption"]) == (0.5, 0, 0.15)
+
+
+def test_data_sets_may_be_named_in_an_override(tmp_path: Path) -> None:
+    compose.configure(["data=files", f"folder={tmp_path}", "data.sets=[{format: pope, path: a.json, split: test}]"])
+    assert compose.compose()["data"]["sets"][0] == {
+        **dict.fromkeys(("images", "annotations", "part", "named_by", "name")),
+        **{"format": "pope", "path": "a.json", "split": "test"},
+    }
+    with pytest.raises(InputError, match=r"data\.sets\.0\.format: .*'webdataset'.*found 'tfrecord'"):
+        compose.configure(["data.sets=[{format: tfrecord, path: a, split: test}]"])
+    with pytest.raises(InputError, match=r"data\.sets\.0\.part says nothing to the format pope, only to aokvqa"):
+        compose.configure(["data.sets=[{format: pope, path: a, split: test, part: val}]"])
 
 
 def test_looking_at_a_choice_changes_nothing() -> None:

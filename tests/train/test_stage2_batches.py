@@ -11,7 +11,7 @@ from lyrics.train.stage2_batches import NO_FIRST, First, Stage2Data, mixing_weig
 
 
 def test_without_shares_tasks_mix_by_the_square_root_of_their_size() -> None:
-    assert mixing_weights({"caption": 100, "vqa": 900}, None) == {"caption": 0.25, "vqa": 0.75}
+    assert mixing_weights({"caption": 100, "vqa": 900}, "sqrt") == {"caption": 0.25, "vqa": 0.75}
 
 
 def test_shares_are_scaled_to_the_tasks_that_the_data_has() -> None:
@@ -19,8 +19,33 @@ def test_shares_are_scaled_to_the_tasks_that_the_data_has() -> None:
     assert found == pytest.approx({"caption": 0.25, "vqa": 0.75})
 
 
+def test_as_given_every_sample_is_as_likely() -> None:
+    assert mixing_weights({"caption": 100, "vqa": 900}, "as_given") == {"caption": 0.1, "vqa": 0.9}
+
+
+def test_sources_mix_as_tasks_do() -> None:
+    def asked(number: int, source: str) -> Sample:
+        known = {"sample_id": f"{source}{number}", "question": f"{source} {number}?", "source": source}
+        return Sample(image_id="1", task="vqa", kind="vqa", references=("1",), **known)
+
+    samples = (*(asked(i, "small") for i in range(4)), *(asked(i, "large") for i in range(36)))
+    for shares, expected in (("sqrt", 0.25), ("as_given", 0.1), ({"small": 0.6, "large": 0.4}, 0.6)):
+        mixed = data(samples, first=NO_FIRST, shares=shares, mix_by="source")
+        ids = mixed.batch(0, 4000).ids
+        assert sum(i.startswith("small") for i in ids) / len(ids) == pytest.approx(expected, abs=0.025)
+        assert len(set(ids)) == 40
+
+
+def test_any_sample_of_any_step_is_had_alone_and_again() -> None:
+    through = [data(first=NO_FIRST, turns=2).batch(step, 4) for step in range(6)]
+    resumed = data(first=NO_FIRST, turns=2)
+    assert [resumed.batch(step, 4) for step in (5, 3, 4)] == [through[5], through[3], through[4]]
+    assert resumed.batch(3, 2) == through[3].part(slice(0, 2))
+    assert len({batch.ids for batch in through}) > 1
+
+
 def test_shares_that_no_task_has_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"task_shares names refer, but the data has only caption"):
+    with pytest.raises(InputError, match=r"shares names refer, but the data has only caption"):
         mixing_weights({"caption": 10}, {"refer": 1.0})
 
 
@@ -37,7 +62,7 @@ CAPTIONS = First(3, ("caption",), without_spatial=1.0)
 def data(samples: tuple[Sample, ...] = SAMPLES, **changes: Any) -> Stage2Data:
     image = SimpleNamespace(width=10, height=10, spatial_text="cup 0 0 50 50;")
     split: Any = SimpleNamespace(samples=list(samples), images={"1": image}, seen=lambda image_id: image_id)
-    settings = {"task_shares": None, "without_spatial": 0.5, "spatial_text_in_llm": True, "first": CAPTIONS, "seed": 0}
+    settings = {"shares": "sqrt", "without_spatial": 0.5, "spatial_text_in_llm": True, "first": CAPTIONS, "seed": 0}
     return Stage2Data(split, coordinate_format="grid100", **{**settings, **changes})
 
 
