@@ -19,6 +19,7 @@ from lyrics.data.records import Annotation
 from lyrics.data.webdataset import open_image
 from lyrics.drawing import draw_objects
 from lyrics.errors import InputError
+from lyrics.foundation import masks
 from lyrics.model.inputs import SeenImage
 from lyrics.model.language import GREEDY, Decoding
 from lyrics.model.lyrics import LyricsModel, Read
@@ -231,5 +232,6 @@ def ask(
     model = load()
     if boxes is not None:
         found = model.refine(picture)
-        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, found.masks).save(boxes, format="PNG")
+        drawn = [masks.decode(counts, picture.height, picture.width) for counts in found.masks]
+        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, drawn).save(boxes, format="PNG")
     return Said([model.answer(picture, question, max_new_tokens, decoding) for question in questions], model.label)

@@ -8,11 +8,16 @@ Task = Literal["caption", "vqa", "refer", "pope", "chat"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """One annotated object: `box_xyxy` in pixels, `rle` a COCO run-length encoding (compressed counts as str)."""
+    """One annotated object: `box_xyxy` in pixels, `rle` a COCO run-length encoding (compressed counts as str).
+
+    `crowd` and `area` are COCO's own: several objects that were not told apart; pixels, as annotated.
+    """
 
     category: str
     box_xyxy: tuple[float, float, float, float]
     rle: dict | None = None
+    crowd: bool = False
+    area: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -121,9 +121,13 @@ def load(part: Path, clip: Path, device: str | torch.device = "cpu") -> RegionDe
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.detector, work / "out"
-    if part.source == "annotations":
-        write_json(out / SETTINGS, {"source": "annotations"})
+    if part.source in ("annotations", "none"):
+        write_json(out / SETTINGS, {"source": part.source})
         return Made(source=part.source, name=part.name, parameters=0, licence="none: it has no weights")
+    if part.source == "grounding_dino":
+        from lyrics.foundation import grounding_dino
+
+        return grounding_dino.fit(part, out)
     if part.source == "file":
         from lyrics.foundation import detector_file
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from lyrics import io
@@ -137,12 +136,6 @@ def refine_shard(
     return refined, tokens
 
 
-def encode_masks(masks_NHW: np.ndarray) -> tuple[str, ...]:
-    """Compressed COCO run-length counts, one string a mask."""
-    columns = np.asfortranarray(masks_NHW.transpose(1, 2, 0).astype(np.uint8))
-    return tuple(rle["counts"].decode() for rle in coco_mask.encode(columns)) if len(masks_NHW) else ()
-
-
 def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard: int, row: int) -> RefinedImage:
     return RefinedImage(
         image_id=record.image_id,
@@ -153,7 +146,7 @@ def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard
         tags=objects.tags,
         boxes_xyxy=tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in objects.boxes_xyxy),
         scores=tuple(map(float, objects.scores)),
-        masks=encode_masks(objects.masks),
+        masks=objects.masks,
         spatial_text=objects.spatial_text,
         shard=shard,
         row=row,

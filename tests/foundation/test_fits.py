@@ -137,8 +137,9 @@ def test_tagger_gives_tags_of_its_vocabulary_best_first(project):
     tags = loaded.tag(images)
     assert len(tags) == 2 and all(1 <= len(t) <= 2 and set(t) <= set(KINDS) for t in tags)
     assert loaded.tag([]) == []
-    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), 0.5) == ["b", "c"]
-    assert tagging.above(torch.tensor([0.2, 0.2]), ("a", "b"), 0.5) == ["a"]
+    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), torch.full((3,), 0.5)) == ["b", "c"]
+    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), torch.tensor([0.1, 0.8, 0.8])) == ["b", "a"]
+    assert tagging.above(torch.tensor([0.2, 0.2]), ("a", "b"), torch.full((2,), 0.5)) == ["a"]
 
 
 @pytest.mark.parametrize(("part", "missing"), [("tokenizer", "corpus.txt"), ("llm", "corpus.txt")])

@@ -10,7 +10,7 @@ from small_scenes import SIDE, write_scenes
 
 from lyrics.config import SegmenterPart
 from lyrics.errors import InputError
-from lyrics.foundation import manifest, sam, segmenter
+from lyrics.foundation import manifest, masks, sam, segmenter
 from lyrics.io import sha256_tree
 from lyrics.stage import NullTracker
 
@@ -94,8 +94,8 @@ def test_no_box_at_all_gives_no_mask():
     model = small_sam()
     encoded = model.encode(torch.zeros(2, 3, SIDE, SIDE))
     assert model.decode(*encoded, [torch.zeros(0, 4)] * 2).shape == (0, 32, 32)
-    masks, features = segmenter.BoxSegmenter(model, SIDE).masks([Image.new("RGB", (80, 40))], [np.zeros((0, 4))])
-    assert masks[0].shape == (0, 40, 80)
+    found, features = segmenter.BoxSegmenter(model, SIDE).masks([Image.new("RGB", (80, 40))], [np.zeros((0, 4))])
+    assert found == [()]
     assert features[0].shape == (0, 64)
 
 
@@ -112,11 +112,10 @@ def test_features_are_averages_under_masks():
 def test_masks_have_the_size_of_their_picture():
     whole = segmenter.BoxSegmenter(small_sam(), SIDE)
     images = [Image.new("RGB", size) for size in ((SIDE, SIDE), (100, 30), (20, 50))]
-    masks, features = whole.masks(images, [np.array([[1.0, 1, 9, 9]])] * 3)
-    assert [mask.shape for mask in masks] == [(1, 64, 64), (1, 30, 100), (1, 50, 20)]
-    assert {(mask.dtype.name, feature.shape) for mask, feature in zip(masks, features, strict=True)} == {
-        ("bool", (1, 64))
-    }
+    found, features = whole.masks(images, [np.array([[1.0, 1, 9, 9]])] * 3)
+    for image, (counts,), feature in zip(images, found, features, strict=True):
+        assert masks.decode(counts, image.height, image.width).shape == (image.height, image.width)
+        assert feature.shape == (1, 64)
 
 
 def test_two_fits_are_the_same_bytes(project):

@@ -12,6 +12,7 @@ from lyrics import io
 from lyrics.data.records import Annotation
 from lyrics.data.webdataset import WebPair, open_image, write_tar
 from lyrics.errors import InputError
+from lyrics.foundation import masks
 from lyrics.refiner import features, quality, refine
 from lyrics.refiner.features import RefinedSplit
 from lyrics.stage import NullTracker
@@ -89,7 +90,7 @@ def test_the_refiner_on_pictures_of_different_sizes():
     found = fake_refiner().refine(images)
     assert [len(objects.tags) for objects in found] == [n % 3 for n in range(6)]
     for image, objects in zip(images, found, strict=True):
-        assert objects.masks.shape == (len(objects.tags), image.height, image.width)
+        assert len(objects.masks) == len(objects.tags)
         assert objects.detector_tokens_ND.shape == (len(objects.tags), 3)
         assert objects.segmenter_tokens_ND.shape == (len(objects.tags), 2)
     assert found[0].spatial_text == ""
@@ -112,7 +113,7 @@ def test_a_run_writes_what_the_refiner_saw(project, monkeypatch):
             assert image.tags == expected.tags and image.spatial_text == expected.spatial_text
             for counts, mask in zip(image.masks, expected.masks, strict=True):
                 decoded = coco_mask.decode({"size": [image.height, image.width], "counts": counts})
-                np.testing.assert_array_equal(decoded.astype(bool), mask)
+                np.testing.assert_array_equal(decoded.astype(bool), masks.decode(mask, image.height, image.width))
             seen = split.seen(image_id)
             tokens = FakeEncoder()(FakeEncoder().preprocess([opened]))[0].numpy().astype(np.float16)
             np.testing.assert_array_equal(seen.image_tokens_PD, tokens)
@@ -190,7 +191,7 @@ def test_quality_counts_each_annotation_once():
         tags=("star", "star", "moon"),
         boxes_xyxy=((0, 0, 10, 10), (0, 0, 10, 9), (50, 50, 60, 60)),
         scores=(0.9, 0.8, 0.7),
-        masks=refine.encode_masks(np.zeros((3, 100, 100), bool)),
+        masks=masks.encode(np.zeros((3, 100, 100), bool)),
         spatial_text="",
         shard=0,
         row=0,
