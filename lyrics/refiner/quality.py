@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,12 +76,15 @@ def coco_figures(pairs: Sequence[tuple[RefinedImage, Sequence[Annotation]]]) -> 
         for result, counts in zip(found, image.masks, strict=True):
             result["segmentation"] = {"size": [image.height, image.width], "counts": counts}
         results += found
-    boxes = average_precision(truth, [{k: v for k, v in one.items() if k != "segmentation"} for one in results])
-    with_masks = all("segmentation" in one for one in truth["annotations"]) and all(
-        one["segmentation"]["counts"] for one in results
-    )
-    masks = average_precision(truth, [{k: v for k, v in one.items() if k != "bbox"} for one in results], "segm")["AP"]
-    return {**{f"box_{name.lower()}": boxes[name] for name in _AP_NAMES}, "mask_ap": masks if with_masks else None}
+    boxes = average_precision(truth, [_without(one, "segmentation") for one in results])
+    figures = {f"box_{name.lower()}": boxes[name] for name in _AP_NAMES} | {"mask_ap": None}
+    if all("segmentation" in one for one in truth["annotations"]) and all(r["segmentation"]["counts"] for r in results):
+        figures["mask_ap"] = average_precision(truth, [_without(one, "bbox") for one in results], "segm")["AP"]
+    return figures
+
+
+def _without(result: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != key}
 
 
 def match(predicted_N4: np.ndarray, annotated_M4: np.ndarray) -> list[tuple[int, int]]:

@@ -68,9 +68,7 @@ def test_vocabulary_comes_from_a_file_or_from_the_splits(tmp_path):
     assert tagger.read_vocabulary(part, tmp_path) == {"cat": None, "dog": 0.25, "fire hydrant": None}
     for bad in ("dog\tsure", "dog\t1.5", "dog\tnan", "dog\t0.1\t0.2"):
         words.write_text(f"cat\n{bad}\n")
-        with pytest.raises(
-            InputError, match=r"words\.txt:2: the threshold of 'dog' is .* expected a number from 0 to 1"
-        ):
+        with pytest.raises(InputError, match=r"words\.txt:2: the threshold of 'dog' is .*expected a number from 0"):
             tagger.read_vocabulary(part, tmp_path)
     words.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match=r"words\.txt, which cannot be read .*expected one tag a line"):
@@ -158,8 +156,8 @@ def test_zero_shot_through_a_clip_of_transformers(project_of_clip, tmp_path):
     logits = clip.scale * clip.encode_images(pictures) @ texts.T
     pairs = torch.stack([logits[:, :2], logits[:, 2:].expand(-1, 2)]).softmax(0)[0]
     for said, row in zip(loaded.tag(pictures), pairs, strict=True):
-        best = ("disc", "square")[int(row.argmax())]
-        assert said[0] == best and set(said[1:]) == {t for t, p in zip(("disc", "square"), row) if p > 0.5} - {best}
+        best, other = row.argsort(descending=True).tolist()
+        assert said == [("disc", "square")[i] for i in (best, other) if i == best or row[i] > 0.5]
 
 
 @pytest.fixture
