@@ -24,6 +24,7 @@ from lyrics.model.inputs import SeenImage
 from lyrics.model.language import GREEDY, Decoding
 from lyrics.model.lyrics import LyricsModel, Read
 from lyrics.model.mq_former import Memory
+from lyrics.model.pictures import Pictures
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner.refine import RefinedObjects, Refiner, load_refiner
 from lyrics.train import stage2
@@ -110,8 +111,9 @@ class Lyrics:
     ) -> list[SeenImage]:
         """Run the frozen parts. `annotations` feed the oracle refiner; the others ignore them."""
         truth = [tuple(a) for a in annotations] if annotations is not None else [() for _ in images]
-        tokens_BPD = self.encoder(self.encoder.preprocess(list(images)).to(self.model.device)).float().cpu().numpy()
-        found = self.refiner.refine(list(images), truth)
+        pictures = Pictures(images)
+        tokens_BPD = self.encoder.look(pictures, self.model.device).float().cpu().numpy()
+        found = self.refiner.refine(pictures, truth)
         return [_seen(image, tokens, objects) for image, tokens, objects in zip(images, tokens_BPD, found, strict=True)]
 
     def answer(

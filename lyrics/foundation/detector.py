@@ -116,7 +116,8 @@ def load(part: Path, clip: Path, device: str | torch.device = "cpu") -> RegionDe
     vocabulary_TE = state.pop("vocabulary").to(device)
     head = RegionHead(settings["map_channels"], settings["hidden"], vocabulary_TE.shape[1])
     head.load_state_dict(state)
-    return RegionDetector(model.to(device).eval(), head.to(device).eval(), load_clip(clip), settings, vocabulary_TE)
+    model = yolo.for_inference(model, torch.device(device))
+    return RegionDetector(model, head.to(device).eval(), load_clip(clip), settings, vocabulary_TE)
 
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:

@@ -71,10 +71,10 @@ class NamedDetector:
         self._device = torch.device(device)
         self._model = yolo.build_named(settings["yolo"], len(self.names), self.world)
         self._model.load_state_dict(load_file(part / WEIGHTS))
-        self._model.to(self._device).eval()
         head: Any = self._model.model[-1]
         if hasattr(head, "end2end"):  # YOLOv10 and YOLO26 have a head that needs no suppression, and the ordinary one
             head.end2end = False
+        self._model = yolo.for_inference(self._model, self._device)
         self._read = MapReader(self._model, [head.f[0]])
         self.width: int = head.cv2[0][0].conv.in_channels
         self._texts = _TextTower(part / TEXT, self._device) if self.world else None

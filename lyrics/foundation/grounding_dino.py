@@ -20,6 +20,7 @@ from lyrics.foundation import hub
 from lyrics.foundation.manifest import Made, count_parameters
 from lyrics.foundation.regions import batches
 from lyrics.io import read_json, write_json
+from lyrics.model.pictures import once
 
 SETTINGS, MODEL = "detector.json", "model"
 _LONGEST = 1333 / 800  # of the shortest side, as published
@@ -65,6 +66,7 @@ class GroundingDino:
         from transformers import AutoTokenizer, GroundingDinoForObjectDetection, GroundingDinoImageProcessor
 
         folder, shortest = part / MODEL, read_json(part / SETTINGS)["image_size_px"]
+        self._shortest: int = shortest
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._processor: Any = GroundingDinoImageProcessor.from_pretrained(
             folder, local_files_only=True, size={"shortest_edge": shortest, "longest_edge": round(shortest * _LONGEST)}
@@ -105,10 +107,7 @@ class GroundingDino:
         found: list[list[Queries]] = [[] for _ in images]
         for batch in batches(len(jobs), max(1, len(images))):
             some = jobs[batch]
-            shown = [images[i].convert("RGB") for i, _ in some]
-            for (i, text), (boxes, probability_QL, features_QD) in zip(
-                some, self._look(shown, [text for _, text in some]), strict=True
-            ):
+            for (i, text), (boxes, probability_QL, features_QD) in zip(some, self._look(images, some), strict=True):
                 scores_QT = probability_QL.new_zeros(len(boxes), len(tags_per_image[i]))
                 start = 1  # after [CLS]
                 for place, ids in text:
@@ -117,22 +116,27 @@ class GroundingDino:
                 found[i].append(Queries(boxes, scores_QT, features_QD))
         return found
 
+    def _preprocess(self, images: Sequence[Image.Image]) -> Any:
+        return self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+
     def _look(
-        self, images: list[Image.Image], texts: Sequence[list[tuple[int, list[int]]]]
+        self, images: Sequence[Image.Image], jobs: Sequence[tuple[int, list[tuple[int, list[int]]]]]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        rows = [
+        texts = [
             [
                 self._tokenizer.cls_token_id,
                 *(token for _, ids in text for token in (*ids, self._separator)),
                 self._tokenizer.sep_token_id,
             ]
-            for text in texts
+            for _, text in jobs
         ]
-        padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self._device)
-        pixels = self._processor(images=images, return_tensors="pt").to(self._device)
-        output = self._model(**pixels, input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
+        padded = self._tokenizer.pad({"input_ids": texts}, return_tensors="pt").to(self._device)
+        rows = [i for i, _ in jobs]
+        pixels = once(images, ("grounding dino", self._shortest), self._preprocess, ahead=True)
+        shown = {name: value[rows].to(self._device) for name, value in pixels.items()}
+        output = self._model(**shown, input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
         probability_BQL = output.logits.float().sigmoid()
-        sizes = torch.tensor([[*image.size, *image.size] for image in images], device=self._device)
+        sizes = torch.tensor([[*images[i].size, *images[i].size] for i in rows], device=self._device)
         centre, side = output.pred_boxes.float().split(2, dim=-1)
         boxes_BQ4 = torch.cat([centre - side / 2, centre + side / 2], dim=-1) * sizes[:, None]
         return list(zip(boxes_BQ4, probability_BQL, output.last_hidden_state.float(), strict=True))

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
 _MARGIN = 0.1  # of a side: a predicted box is never exact
@@ -79,6 +80,18 @@ class BoxSam(nn.Module):
         return logits_Rhw.masked_fill(~near_Rhw, _OUTSIDE)
 
 
+class FusedAttention(Attention):
+    """The encoder's attention where nothing is learned: torch's own kernel, which keeps no map of all pairs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.use_rel_pos:
+            return super().forward(x)
+        batch, rows, columns, width = x.shape
+        qkv_3BhLd = self.qkv(x).reshape(batch, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        found_BhLd = F.scaled_dot_product_attention(*qkv_3BhLd.unbind(0))
+        return self.proj(found_BhLd.transpose(1, 2).reshape(batch, rows, columns, width))
+
+
 def widen(boxes_R4: Tensor, share: float) -> Tensor:
     """Boxes with every side moved outwards by a share of the box's width or height."""
     margin_R2 = (boxes_R4[:, 2:] - boxes_R4[:, :2]) * share
@@ -96,17 +109,20 @@ def draw(boxes_R4: Tensor, side: int) -> Tensor:
 def build(size: SamSize) -> Sam:
     """As `segment_anything` builds its own, with one mask per box in place of three candidates."""
     grid = size.image_size_px // size.patch_size_px
+    encoder = ImageEncoderViT(
+        img_size=size.image_size_px,
+        patch_size=size.patch_size_px,
+        embed_dim=size.width,
+        depth=size.layers,
+        num_heads=size.heads,
+        out_chans=size.embedding,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_size=0,
+    )
+    for block in encoder.blocks:
+        block.attn.__class__ = FusedAttention
     return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=size.image_size_px,
-            patch_size=size.patch_size_px,
-            embed_dim=size.width,
-            depth=size.layers,
-            num_heads=size.heads,
-            out_chans=size.embedding,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            window_size=0,
-        ),
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=size.embedding,
             image_embedding_size=(grid, grid),

@@ -71,7 +71,7 @@ def load_detector(foundation: Path, config: DetectorPart, device: str | torch.de
     if source == "none":
         return NoDetector()
     if source == "annotations":
-        return AnnotationDetector(foundation / "clip")
+        return AnnotationDetector(foundation / "clip", device)
     if source == "grounding_dino":
         from lyrics.foundation.grounding_dino import GroundingDino
 
@@ -212,10 +212,11 @@ class GroundedDetector:
 class AnnotationDetector:
     """The oracle: boxes of the annotations whose category is among the tags; none where there are no annotations."""
 
-    def __init__(self, clip: Path) -> None:
+    def __init__(self, clip: Path, device: str | torch.device = "cpu") -> None:
         from lyrics.model.vision import load_image_encoder
 
-        self._encoder = load_image_encoder(clip)
+        self._device = torch.device(device)
+        self._encoder = load_image_encoder(clip).to(self._device)
         self.width = self._encoder.width
 
     @torch.inference_mode()
@@ -233,7 +234,7 @@ class AnnotationDetector:
         if not any(kept):
             return [empty(self.width) for _ in images]
         boxes = [torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4) for rows in kept]
-        map_BDHW = self._encoder.feature_map(self._encoder(self._encoder.preprocess(images))).float()
+        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float()
         height, width = map_BDHW.shape[-2:]
         # The encoder sees the whole picture as a square: boxes are scaled along each axis on its own.
         scaled = [

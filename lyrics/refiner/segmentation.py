@@ -18,6 +18,7 @@ from torchvision import ops
 from lyrics.config import SegmenterPart
 from lyrics.data.records import Annotation
 from lyrics.foundation import manifest, masks, sam, segmenter
+from lyrics.model.pictures import once
 
 Annotations = Sequence[Sequence[Annotation]]
 _SAME_OBJECT = 0.5
@@ -60,7 +61,7 @@ def load_segmenter(foundation: Path, config: SegmenterPart, device: str | torch.
     if source == "none":
         return NoSegmenter()
     if source == "annotations":
-        return AnnotationSegmenter(foundation / "clip")
+        return AnnotationSegmenter(foundation / "clip", device)
     if source == "hub":
         return HubSegmenter(part, device)
     return BoxSegmenter(segmenter.load(part, device))
@@ -125,12 +126,15 @@ class HubSegmenter:
         seen = [i for i, boxes in enumerate(boxes_per_image) if len(boxes)]  # pictures without a box cost nothing
         if not seen:
             return found
-        inputs = self._processor(images=[images[i].convert("RGB") for i in seen], return_tensors="pt")
-        embeddings_BCHW = self._model.get_image_embeddings(inputs["pixel_values"].to(self._device))
-        for i, embedding_CHW, resized in zip(seen, embeddings_BCHW, inputs["reshaped_input_sizes"], strict=True):
+        inputs = once(images, ("segment anything", self._side), self._preprocess, ahead=True)
+        embeddings_BCHW = self._model.get_image_embeddings(inputs["pixel_values"][seen].to(self._device))
+        for i, embedding_CHW, resized in zip(seen, embeddings_BCHW, inputs["reshaped_input_sizes"][seen], strict=True):
             boxes_N4 = torch.from_numpy(np.asarray(boxes_per_image[i], np.float32))
             found[i] = self._segment_one(images[i], boxes_N4, embedding_CHW[None], resized.tolist())
         return found
+
+    def _preprocess(self, images: Sequence[Image.Image]) -> Any:
+        return self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
 
     def _segment_one(
         self, image: Image.Image, boxes_N4: Tensor, embedding_1CHW: Tensor, resized: tuple[int, int]
@@ -151,10 +155,11 @@ class HubSegmenter:
 class AnnotationSegmenter:
     """The oracle: the mask of the annotation that a box belongs to (IoU ≥ 0.5); the box itself where there is none."""
 
-    def __init__(self, clip: Path) -> None:
+    def __init__(self, clip: Path, device: str | torch.device = "cpu") -> None:
         from lyrics.model.vision import load_image_encoder
 
-        self._encoder = load_image_encoder(clip)
+        self._device = torch.device(device)
+        self._encoder = load_image_encoder(clip).to(self._device)
         self.width = self._encoder.width
 
     @torch.inference_mode()
@@ -168,7 +173,7 @@ class AnnotationSegmenter:
             return [nothing(self.width) for _ in images]
         truth = annotations if annotations is not None else [()] * len(images)
         boxes_per = [torch.from_numpy(np.asarray(boxes, np.float32).reshape(-1, 4)) for boxes in boxes_per_image]
-        map_BDHW = self._encoder.feature_map(self._encoder(self._encoder.preprocess(images))).float().cpu()
+        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float().cpu()
         found = []
         for image, boxes_N4, annotated, map_DHW in zip(images, boxes_per, truth, map_BDHW, strict=True):
             true_NHW = _true_masks(image, boxes_N4, annotated)

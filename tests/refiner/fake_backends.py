@@ -67,6 +67,9 @@ class FakeEncoder:
         squares = [np.asarray(image.resize((16, 16)), np.float32) for image in images]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
+    def look(self, images, device):
+        return self(self.preprocess(images))
+
     def __call__(self, pixels_B3HW):
         self.images += len(pixels_B3HW)
         return torch.nn.functional.avg_pool2d(pixels_B3HW, 8).flatten(2).transpose(1, 2) / 255
