@@ -13,6 +13,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
+BOX_STEP = 16
 _MARGIN = 0.1  # of a side: a predicted box is never exact
 _OUTSIDE = -10.0  # logit of what lies further out: an object ends where its box does
 
@@ -59,25 +60,41 @@ class BoxSam(nn.Module):
         `MaskDecoder` itself takes one picture at a time and refuses no boxes; this is its computation with each box
         beside its own picture.
         """
-        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
-        counts = torch.tensor([len(one) for one in boxes], device=embeddings_BCHW.device)
-        if not int(counts.sum()):
+        if not any(map(len, boxes)):
             return embeddings_BCHW.new_zeros(0, *details_BKhw.shape[2:])
+        boxes_R4 = torch.cat(list(boxes))
+        picture_R = torch.cat([torch.full((len(one),), i) for i, one in enumerate(boxes)]).to(boxes_R4.device)
+        if self.training:
+            return self._decode(embeddings_BCHW, details_BKhw, boxes_R4, picture_R)
+        filled_R = fill_up(len(boxes_R4)).to(boxes_R4.device)
+        return self._decode(embeddings_BCHW, details_BKhw, boxes_R4[filled_R], picture_R[filled_R])[: len(boxes_R4)]
+
+    def _decode(self, embeddings_BCHW: Tensor, details_BKhw: Tensor, boxes_R4: Tensor, picture_R: Tensor) -> Tensor:
+        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
         side = details_BKhw.shape[-1]
         scale = side / prompts.input_image_size[0]
-        drawn_Rhw = draw(torch.cat(list(boxes)) * scale, side)
-        sparse_RNC, dense_RCHW = prompts(points=None, boxes=torch.cat(list(boxes)), masks=drawn_Rhw[:, None])
+        drawn_Rhw = draw(boxes_R4 * scale, side)
+        sparse_RNC, dense_RCHW = prompts(points=None, boxes=boxes_R4, masks=drawn_Rhw[:, None])
         tokens_TC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens_RTC = torch.cat([tokens_TC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
-        source_RCHW = torch.repeat_interleave(embeddings_BCHW, counts, dim=0) + dense_RCHW
+        source_RCHW = embeddings_BCHW[picture_R] + dense_RCHW
         position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
         tokens_RTC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RTC)
         upscaled_RKhw = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
-        upscaled_RKhw = upscaled_RKhw + torch.repeat_interleave(details_BKhw, counts, dim=0)
+        upscaled_RKhw = upscaled_RKhw + details_BKhw[picture_R]
         weights_RK = decoder.output_hypernetworks_mlps[0](tokens_RTC[:, 1])
         logits_Rhw = torch.einsum("rk,rkhw->rhw", weights_RK, upscaled_RKhw)
-        near_Rhw = draw(widen(torch.cat(list(boxes)), _MARGIN) * scale, side) > 0
+        near_Rhw = draw(widen(boxes_R4, _MARGIN) * scale, side) > 0
         return logits_Rhw.masked_fill(~near_Rhw, _OUTSIDE)
+
+
+def fill_up(count: int) -> Tensor:
+    """Rows 0 … count - 1 and the first again, to a multiple of `BOX_STEP`: few different numbers of boxes come.
+
+    Each new number costs a CPU half a second of new kernels.
+    """
+    rows = torch.arange(count + -count % BOX_STEP)
+    return torch.where(rows < count, rows, 0)
 
 
 class FusedAttention(Attention):

@@ -29,7 +29,6 @@ from lyrics.stage import Tracker
 
 SETTINGS, WEIGHTS = "segmenter.json", "sam.safetensors"
 _JITTER = 0.05  # of a box's side: predicted boxes are never exact
-_BOX_STEP = 16  # a batch has a multiple of it: each new number of boxes costs half a second of new kernels
 
 
 def small(image_size_px: int) -> sam.SamSize:
@@ -52,7 +51,7 @@ class BoxSegmenter:
     """A small Sam with its pictures and boxes in batches."""
 
     def __init__(self, model: sam.BoxSam, size_px: int, device: str | torch.device = "cpu") -> None:
-        self._model, self._size_px, self._device = model.to(device).eval(), size_px, torch.device(device)
+        self.model, self._size_px, self._device = model.to(device).eval(), size_px, torch.device(device)
         self.width: int = model.sam.prompt_encoder.embed_dim
 
     @torch.inference_mode()
@@ -66,8 +65,8 @@ class BoxSegmenter:
             for box, scale in zip(boxes_per_image, scales, strict=True)
         ]
         counts = [len(one) for one in boxes]
-        embeddings, details = self._model.encode(pixels.to(self._device))
-        logits = upscale(self._model.decode(embeddings, details, boxes), self._size_px).split(counts)
+        embeddings, details = self.model.encode(pixels.to(self._device))
+        logits = upscale(self.model.decode(embeddings, details, boxes), self._size_px).split(counts)
         features = sam.average_under(embeddings, [one > 0 for one in logits], boxes)
         found = [_at_size(one, image, scale) for one, image, scale in zip(logits, images, scales, strict=True)]
         return found, [one.float().cpu().numpy() for one in features.split(counts)]
@@ -188,7 +187,7 @@ class _Data:
                 torch.from_numpy((box + _JITTER * sides * generator.normal(size=box.shape)).astype(np.float32))
             )
         masks = [self._masks[row] for row in rows]
-        again = torch.arange(len(boxes[-1]) + -sum(map(len, boxes)) % _BOX_STEP) % len(boxes[-1])
+        again = torch.arange(len(boxes[-1]) + -sum(map(len, boxes)) % sam.BOX_STEP) % len(boxes[-1])
         boxes[-1], masks[-1] = boxes[-1][again], masks[-1][again]
         return self._pixels[rows].float() / 255, boxes, torch.cat(masks).float()
 

@@ -70,6 +70,16 @@ def test_batched_decoding_equals_the_decoder_of_segment_anything():
     assert (together[~near] < 0).all()
 
 
+def test_boxes_that_fill_up_a_batch_change_nothing_and_attention_is_what_training_computed():
+    model = small_sam()
+    pixels = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    assert sam.fill_up(3).tolist() == [0, 1, 2] + [0] * 13 and len(sam.fill_up(16)) == 16 and len(sam.fill_up(0)) == 0
+    learning = small_sam().train()
+    torch.testing.assert_close(model.encode(pixels), learning.encode(pixels), atol=1e-5, rtol=1e-4)
+    encoded = model.encode(pixels)
+    torch.testing.assert_close(model.decode(*encoded, BOXES), learning.decode(*encoded, BOXES), atol=1e-4, rtol=1e-4)
+
+
 def test_details_reach_the_masks():
     model = small_sam()
     embeddings, details = model.encode(torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
