@@ -131,8 +131,8 @@ def agreement(one: Boxes, other: Boxes) -> float:
     """Share of pictures in which both found the same boxes, to a pixel."""
     same = []
     for a, b in zip(one, other, strict=True):
-        apart_NM = np.abs(a[:, None] - b[None]).max(axis=2, initial=0)
-        same.append(len(a) == len(b) and (apart_NM.min(axis=1, initial=SAME_PX) <= SAME_PX).all())
+        near_NM = np.abs(a[:, None] - b[None]).max(axis=2) <= SAME_PX
+        same.append(len(a) == len(b) and near_NM.any(axis=1).all())
     return sum(same) / len(same)
 
 
