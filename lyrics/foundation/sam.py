@@ -77,11 +77,11 @@ class BoxSam(nn.Module):
         sparse_RNC, dense_RCHW = prompts(points=None, boxes=boxes_R4, masks=drawn_Rhw[:, None])
         tokens_TC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens_RTC = torch.cat([tokens_TC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
-        source_RCHW = embeddings_BCHW[picture_R] + dense_RCHW
+        source_RCHW = embeddings_BCHW.index_select(0, picture_R) + dense_RCHW
         position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
         tokens_RTC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RTC)
         upscaled_RKhw = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
-        upscaled_RKhw = upscaled_RKhw + details_BKhw[picture_R]
+        upscaled_RKhw = upscaled_RKhw + details_BKhw.index_select(0, picture_R)
         weights_RK = decoder.output_hypernetworks_mlps[0](tokens_RTC[:, 1])
         logits_Rhw = torch.einsum("rk,rkhw->rhw", weights_RK, upscaled_RKhw)
         near_Rhw = draw(widen(boxes_R4, _MARGIN) * scale, side) > 0
