@@ -73,8 +73,9 @@ def test_agreement_is_of_boxes_whatever_their_order():
     boxes = np.array([[0.0, 0, 10, 10], [5, 5, 20, 20]])
     none = np.zeros((0, 4))
     assert refine.agreement([boxes, none], [boxes[::-1] + 0.4, none]) == 1.0
-    assert refine.agreement([boxes, boxes], [boxes + [0, 0, 0, 3], boxes[:1]]) == 0.0
-    assert refine.agreement([none], [boxes]) == 0.0
+    assert refine.agreement([boxes], [boxes + [0, 0, 0, 12]]) == 0.5
+    assert refine.agreement([boxes], [boxes[:1]]) == 2 / 3
+    assert refine.agreement([none], [boxes]) == refine.agreement([none], [none]) == 0.0
 
 
 def test_the_table_compares_rounds():
