@@ -52,7 +52,8 @@ def test_the_oracle_fills_a_box_that_has_no_mask(oracle):
         assert np.array_equal(masks.decode(found.masks[0], 20, 40), expected)
 
 
-def test_published_weights_segment_boxes_of_any_picture(tmp_path):
+@pytest.fixture
+def published(tmp_path):
     """Random weights in the layout of the published ones."""
     from transformers import (
         SamConfig,
@@ -90,7 +91,11 @@ def test_published_weights_segment_boxes_of_any_picture(tmp_path):
         mask_pad_size={"height": 16, "width": 16},
     ).save_pretrained(folder)
     manifest.write(folder, "segmenter", manifest.Made(source="hub", name="random", parameters=0))
-    loaded = segmentation.load_segmenter(tmp_path, None)
+    return segmentation.load_segmenter(tmp_path, None)
+
+
+def test_published_weights_segment_boxes_of_any_picture(published):
+    loaded = published
     boxes = np.array([[1, 1, 9, 9], [5, 5, 30, 18]], np.float32)
     found = loaded.segment([PICTURE, Image.new("RGB", (20, 30), "red"), PICTURE], [boxes, boxes[:1], NO_BOXES])
     assert [len(one.masks) for one in found] == [2, 1, 0]
@@ -98,3 +103,36 @@ def test_published_weights_segment_boxes_of_any_picture(tmp_path):
     assert [one.features.shape for one in found] == [(2, 16), (1, 16), (0, 16)]
     assert np.isfinite(found[0].features).all()
     assert [one.masks for one in loaded.segment([PICTURE], [NO_BOXES])] == [()]
+
+
+@torch.inference_mode()
+def test_masks_are_those_of_transformers_own_post_processing(published):
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 52, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    boxes = np.array([[1, 1, 20, 9], [5, 5, 50, 28], [40, 2, 44, 3]], np.float32)
+    (found,) = published.segment([picture], [boxes])
+    inputs = published._processor(images=[picture], return_tensors="pt")
+    assert inputs["reshaped_input_sizes"].tolist() == [[37, 64]]
+    prompts = torch.from_numpy(boxes)[None] * torch.tensor([64 / 52, 37 / 30] * 2)
+    output = published._model(pixel_values=inputs["pixel_values"], input_boxes=prompts, multimask_output=False)
+    (expected,) = published._processor.post_process_masks(
+        output.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )
+    ours = np.stack([masks.decode(counts, 30, 52) for counts in found.masks])
+    assert 0 < ours.mean() < 1
+    assert (ours != expected[:, 0].numpy()).mean() < 0.0005  # next to 0 the order of additions decides
+
+
+def test_pictures_go_through_the_encoder_together_and_the_boxes_of_each_through_the_decoder(published, monkeypatch):
+    calls = []
+    model = published._model
+    encode = model.get_image_embeddings
+    monkeypatch.setattr(model, "get_image_embeddings", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: calls.append(tuple(inputs["input_boxes"].shape)), with_kwargs=True
+    )
+    boxes = np.array([[1, 1, 9, 9], [5, 5, 30, 18], [2, 2, 8, 8]], np.float32)
+    found = published.segment([PICTURE] * 4, [boxes, NO_BOXES, boxes[:1], boxes[:2]])
+    assert [len(one.masks) for one in found] == [3, 0, 1, 2]
+    assert calls == [3, (1, 3, 4), (1, 1, 4), (1, 2, 4)]  # the picture without a box is not looked at
+    assert found[0].masks[:2] == found[3].masks
