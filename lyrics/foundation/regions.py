@@ -34,7 +34,7 @@ def _letterbox(images: Sequence[Image.Image], size_px: int) -> tuple[Tensor, lis
     for row, image in zip(pixels, images, strict=True):
         scale = size_px / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        resized = image.convert("RGB")
+        resized = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
         if resized.size != (width, height):
             resized = resized.resize((width, height), Image.Resampling.BILINEAR)
         row[:height, :width] = np.asarray(resized)

@@ -41,12 +41,8 @@ class Preprocessing:
 
     def _square(self, images: Sequence[Image.Image]) -> Tensor:
         side = (self.image_size_px, self.image_size_px)
-        arrays = [
-            np.asarray(
-                i if i.size == side and i.mode == "RGB" else i.convert("RGB").resize(side, Image.Resampling.BICUBIC)
-            )
-            for i in images
-        ]
+        coloured = (i if i.mode == "RGB" else i.convert("RGB") for i in images)
+        arrays = [np.asarray(i if i.size == side else i.resize(side, Image.Resampling.BICUBIC)) for i in coloured]
         stacked = np.stack(arrays) if arrays else np.zeros((0, *side, 3), np.uint8)
         return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
 
