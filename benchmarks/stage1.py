@@ -132,14 +132,14 @@ def peak_memory(width: str, name: str, precision: numerics.Precision) -> int:
 
 def _rise(width: str, name: str, precision: numerics.Precision, threads: int) -> int:
     torch.set_num_threads(threads)
-    before = _high_water_mark()
+    before = high_water_mark()
     (program,) = build(width, [name])
     for _ in range(2):
         step(program, precision)
-    return _high_water_mark() - before
+    return high_water_mark() - before
 
 
-def _high_water_mark() -> int:
+def high_water_mark() -> int:
     # Not getrusage: its maximum is inherited from the parent on Linux.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

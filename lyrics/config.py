@@ -153,15 +153,19 @@ class ClipPart:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class TaggerPart:
-    """`annotations` takes tags, boxes and masks from the ground truth: the refiner's oracle.
+    """`zero_shot` compares the picture with the words of the vocabulary through `foundation.clip`.
 
-    `vocabulary` is a file with one tag a line (None: the categories of the annotated splits).
+    Of tagger, detector and segmenter, `annotations` reads the ground truth (the refiner's oracle) and `none` is off:
+    without a tagger every word of the vocabulary is looked for.
+
+    `vocabulary` is a file with one tag a line, after a tab its own threshold where it has one (None: the categories of
+    the annotated splits). `prompts` are sentences with {} where a tag belongs; their texts are averaged.
     """
 
-    source: Literal["fitted", "hub", "annotations"]
+    source: Literal["fitted", "zero_shot", "annotations", "none"]
     name: str
-    revision: str | None
     vocabulary: str | None
+    prompts: tuple[str, ...]
     threshold: Fraction
     epochs: Amount
     lr: Rate
@@ -169,8 +173,13 @@ class TaggerPart:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class DetectorPart:
-    source: Literal["fitted", "file", "annotations"]
+    """`file` is an ultralytics .pt (YOLO, YOLO-World), opened only if `sha256` is its hash; `grounding_dino` comes from
+    the hub at `revision`. `annotations` and `none` as in TaggerPart.
+    """
+
+    source: Literal["fitted", "file", "grounding_dino", "annotations", "none"]
     name: str
+    revision: str | None
     sha256: str | None
     image_size_px: Count
     score_threshold: Fraction
@@ -182,7 +191,7 @@ class DetectorPart:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class SegmenterPart:
-    source: Literal["fitted", "hub", "annotations"]
+    source: Literal["fitted", "hub", "annotations", "none"]
     name: str
     revision: str | None
     image_size_px: Count

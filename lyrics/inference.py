@@ -19,10 +19,12 @@ from lyrics.data.records import Annotation
 from lyrics.data.webdataset import open_image
 from lyrics.drawing import draw_objects
 from lyrics.errors import InputError
+from lyrics.foundation import masks
 from lyrics.model.inputs import SeenImage
 from lyrics.model.language import GREEDY, Decoding
 from lyrics.model.lyrics import LyricsModel, Read
 from lyrics.model.mq_former import Memory
+from lyrics.model.pictures import Pictures
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner.refine import RefinedObjects, Refiner, load_refiner
 from lyrics.train import stage2
@@ -109,8 +111,9 @@ class Lyrics:
     ) -> list[SeenImage]:
         """Run the frozen parts. `annotations` feed the oracle refiner; the others ignore them."""
         truth = [tuple(a) for a in annotations] if annotations is not None else [() for _ in images]
-        tokens_BPD = self.encoder(self.encoder.preprocess(list(images)).to(self.model.device)).float().cpu().numpy()
-        found = self.refiner.refine(list(images), truth)
+        pictures = Pictures(images)
+        tokens_BPD = self.encoder.look(pictures, self.model.device).float().cpu().numpy()
+        found = self.refiner.refine(pictures, truth)
         return [_seen(image, tokens, objects) for image, tokens, objects in zip(images, tokens_BPD, found, strict=True)]
 
     def answer(
@@ -231,5 +234,6 @@ def ask(
     model = load()
     if boxes is not None:
         found = model.refine(picture)
-        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, found.masks).save(boxes, format="PNG")
+        drawn = [masks.decode(counts, picture.height, picture.width) for counts in found.masks]
+        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, drawn).save(boxes, format="PNG")
     return Said([model.answer(picture, question, max_new_tokens, decoding) for question in questions], model.label)

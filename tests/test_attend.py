@@ -74,7 +74,7 @@ class KnownObjects:
                 tags=self.tags,
                 boxes_xyxy=BOXES[:count],
                 scores=np.linspace(0.9, 0.5, count),
-                masks=np.zeros((count, 64, 64), bool),
+                masks=("",) * count,
                 detector_tokens_ND=draw.normal(size=(count, 6)),
                 segmenter_tokens_ND=draw.normal(size=(count, 5)),
                 spatial_text=format_objects(self.tags, BOXES[:count] / 64, "grid100"),

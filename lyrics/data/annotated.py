@@ -40,8 +40,7 @@ def read_split(folder: Path) -> Split:
         listed |= instances.images
         rejected += instances.rejected
         for item in instances.objects:
-            record = Annotation(category=item.category, box_xyxy=item.box_xyxy, rle=item.rle)
-            annotations.setdefault(item.image_id, []).append(record)
+            annotations.setdefault(item.image_id, []).append(item.annotation())
     if captions_path.exists():
         captioned = coco.read_captions(captions_path)
         listed |= captioned.images

@@ -1,6 +1,7 @@
 """COCO captions and instances: every segmentation form, each bad record set aside with its reason."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 from pycocotools import mask as coco_mask
 
 from lyrics.data.files import MAX_PIXELS, is_safe_name
-from lyrics.data.records import BadRecordError, Box, Rejected, brief, clipped, mapping, numbers, one_line
+from lyrics.data.records import Annotation, BadRecordError, Box, Rejected, brief, clipped, mapping, numbers, one_line
 from lyrics.data.streams import elements
 from lyrics.errors import InputError
 
@@ -34,6 +35,18 @@ class CocoObject:
         """Whether the box reached over an edge by more than a rounding."""
         x, y, w, h = self.source["bbox"]
         return max(abs(a - b) for a, b in zip(self.box_xyxy, (x, y, x + w, y + h), strict=True)) > 1
+
+    def annotation(self) -> Annotation:
+        """Without the picture and the record that it came from."""
+        area: Any = self.source.get("area")
+        stated = isinstance(area, int | float) and math.isfinite(area) and area > 0
+        return Annotation(
+            category=self.category,
+            box_xyxy=self.box_xyxy,
+            rle=self.rle,
+            crowd=self.crowd,
+            area=float(area) if stated else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

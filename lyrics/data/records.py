@@ -28,12 +28,16 @@ class BadRecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """One annotated object: `box_xyxy` in pixels, `rle` a COCO run-length encoding (compressed counts as str)."""
+    """One annotated object: `box_xyxy` in pixels, `rle` a COCO run-length encoding (compressed counts as str).
+
+    `crowd` and `area` are COCO's own: several objects that were not told apart; pixels, as annotated.
+    """
 
     category: str
     box_xyxy: Box
     rle: dict | None = None
     crowd: bool = False
+    area: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import contourpy
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from lyrics.data.webdataset import image_bytes, open_image
+from lyrics.foundation import masks
 
 _MAX_SIDE_PX = 384
 _KEEP_BYTES = 40_000
@@ -34,8 +34,8 @@ def data_uri(path: str | Path, max_side_px: int = _MAX_SIDE_PX) -> str:
 
 
 def outline(counts: str, width: int, height: int) -> str:
-    """The SVG path around a mask given as compressed COCO counts; coordinates in pixels of the image."""
-    mask = coco_mask.decode({"size": [height, width], "counts": counts.encode()})
+    """The SVG path around a mask given as compressed COCO counts, empty without one; in pixels of the image."""
+    mask = masks.decode(counts, height, width)
     padded = np.pad(mask.astype(np.float32), 1)  # so that outlines close at the edge
     lines = contourpy.contour_generator(z=padded).lines(0.5)
     step = max(1, max(width, height) // 160)  # points closer than the eye sees are left out

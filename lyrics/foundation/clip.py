@@ -5,9 +5,9 @@ Shapes: B batch, N boxes, P patches, E shared space.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,8 @@ from lyrics.foundation.fit import FOUNDATION, SPLIT
 from lyrics.foundation.manifest import OWN_LICENCE, Made
 from lyrics.io import write_json
 from lyrics.model import pretrained
-from lyrics.model.vision import PREPROCESSING, Preprocessing, timm_network
+from lyrics.model.pictures import made
+from lyrics.model.vision import PREPROCESSING, Preprocessing, timm_network, tokens_key
 from lyrics.stage import Tracker
 
 if TYPE_CHECKING:
@@ -52,14 +53,15 @@ class Clip:
         tokenizer: "PreTrainedTokenizerFast",
         preprocessing: Preprocessing,
         device: str = "cpu",
+        origin: str = "",
     ) -> None:
         self.model, self.tokenizer, self.preprocess = model.eval().to(device), tokenizer, preprocessing
-        self.device = torch.device(device)
+        self.device, self.origin = torch.device(device), origin
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, E)"""
-        parts = [self._towers(chunk)[0] for chunk in _chunks(images)]
+        parts = [project(self.model, hidden)[0].float().cpu() for hidden in self._hidden(images)]
         return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class Clip:
         regions: list[Tensor] = []
         for start in range(0, len(images), _CHUNK):
             chunk = images[start : start + _CHUNK]
-            patches_BPE = self._towers(chunk)[1]
+            patches_BPE = torch.cat([project(self.model, hidden)[1].float() for hidden in self._hidden(chunk)])
             for image, patches_PE, boxes in zip(chunk, patches_BPE, boxes_xyxy[start : start + _CHUNK], strict=True):
                 size = torch.tensor([*image.size, *image.size], dtype=torch.float32)
                 fractions_N4 = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4) / size
@@ -88,12 +90,8 @@ class Clip:
     @torch.no_grad()
     def patch_features(self, images: Sequence[Image.Image]) -> Tensor:
         """The tower's last layer at each patch, (B, P, D), before it is brought to the shared space."""
-        vision = self.model.vision_model
-        parts = []
-        for chunk in _chunks(images):
-            hidden = vision(pixel_values=self.preprocess(chunk).to(self.device)).last_hidden_state
-            parts.append(vision.post_layernorm(hidden)[:, 1:])
-        return torch.cat(parts)
+        norm = self.model.vision_model.post_layernorm
+        return torch.cat([norm(hidden)[:, 1:] for hidden in self._hidden(images)])
 
     @property
     def scale(self) -> float:
@@ -105,9 +103,18 @@ class Clip:
         vision = self.model.config.vision_config
         return vision.image_size // vision.patch_size
 
-    def _towers(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        image_BE, patches_BPE = image_embeddings(self.model, self.preprocess(images).to(self.device))
-        return image_BE.float().cpu(), patches_BPE.float()
+    def _hidden(self, images: Sequence[Image.Image]) -> Iterator[Tensor]:
+        """The last layer's output, a part of the pictures at a time.
+
+        Where the image encoder of the same folder has seen them, its tokens are the layer's input.
+        """
+        vision: Any = self.model.vision_model
+        seen_BPD = made(images, tokens_key(self.origin, self.device))
+        if seen_BPD is not None:
+            yield vision.encoder.layers[-1](seen_BPD, attention_mask=None)
+            return
+        for chunk in _chunks(images):
+            yield vision(pixel_values=self.preprocess(chunk).to(self.device)).last_hidden_state
 
 
 def _chunks(items: Sequence) -> list[Sequence]:
@@ -116,9 +123,12 @@ def _chunks(items: Sequence) -> list[Sequence]:
 
 def image_embeddings(model: "CLIPModel", pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Of the picture (B, E), length 1, and of each patch of the last layer (B, P, E), not normalised."""
-    vision = model.vision_model
-    hidden = vision(pixel_values=pixels_B3HW).last_hidden_state
-    projected = model.visual_projection(vision.post_layernorm(hidden))
+    return project(model, model.vision_model(pixel_values=pixels_B3HW).last_hidden_state)
+
+
+def project(model: "CLIPModel", hidden_BPD: Tensor) -> tuple[Tensor, Tensor]:
+    """The last layer's output in the shared space, as `image_embeddings`."""
+    projected = model.visual_projection(model.vision_model.post_layernorm(hidden_BPD))
     return functional.normalize(projected[:, 0].float(), dim=-1), projected[:, 1:]
 
 
@@ -164,7 +174,7 @@ def load_clip(folder: Path, device: str = "cpu") -> Clip:
 
     model = pretrained.read(CLIPModel, folder, dtype=torch.float32)
     tokenizer = _text_tokenizer(folder, model.config.text_config.pad_token_id)
-    return Clip(model.requires_grad_(False), tokenizer, Preprocessing.load(folder), device)
+    return Clip(model.requires_grad_(False), tokenizer, Preprocessing.load(folder), device, str(folder.resolve()))
 
 
 def _text_tokenizer(folder: Path, pad_id: int) -> "PreTrainedTokenizerFast":

@@ -26,6 +26,7 @@ from lyrics.errors import InputError
 from lyrics.foundation import region_training, training, yolo
 from lyrics.foundation.manifest import Made
 from lyrics.foundation.regions import CELLS, MapReader, RegionHead, letterbox, pool
+from lyrics.foundation.sam import fill_up
 from lyrics.io import read_json, write_json
 from lyrics.stage import Tracker
 
@@ -82,7 +83,9 @@ class RegionDetector:
         """
         if not sum(map(len, boxes)):
             return maps[0].new_zeros(0, self.width), maps[0].new_zeros(0, self._head.project.out_features)
-        hidden, regions_RE = self._head(pool(maps[1:], boxes, self._size_px, CELLS))
+        pooled_RCSS = pool(maps[1:], boxes, self._size_px, CELLS)
+        count = len(pooled_RCSS)
+        hidden, regions_RE = (rows[:count] for rows in self._head(pooled_RCSS[fill_up(count).to(pooled_RCSS.device)]))
         early = pool(maps[:1], boxes, self._size_px, CELLS)
         return torch.cat([early.mean(dim=(2, 3)), early.amax(dim=(2, 3)), hidden], dim=1), regions_RE
 
@@ -110,20 +113,31 @@ def load(part: Path, clip: Path, device: str | torch.device = "cpu") -> RegionDe
     from lyrics.foundation.clip import load_clip
 
     settings = read_json(part / SETTINGS)
-    model = yolo.build(settings["yolo"])
-    model.load_state_dict(load_file(part / YOLO))
+    model = load_yolo(part)
     state = load_file(part / REGIONS)
     vocabulary_TE = state.pop("vocabulary").to(device)
     head = RegionHead(settings["map_channels"], settings["hidden"], vocabulary_TE.shape[1])
     head.load_state_dict(state)
-    return RegionDetector(model.to(device).eval(), head.to(device).eval(), load_clip(clip), settings, vocabulary_TE)
+    model = yolo.for_inference(model, torch.device(device))
+    return RegionDetector(model, head.to(device).eval(), load_clip(clip), settings, vocabulary_TE)
+
+
+def load_yolo(part: Path) -> torch.nn.Module:
+    """The fitted YOLO alone."""
+    model = yolo.build(read_json(part / SETTINGS)["yolo"])
+    model.load_state_dict(load_file(part / YOLO))
+    return model.eval()
 
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.detector, work / "out"
-    if part.source == "annotations":
-        write_json(out / SETTINGS, {"source": "annotations"})
+    if part.source in ("annotations", "none"):
+        write_json(out / SETTINGS, {"source": part.source})
         return Made(source=part.source, name=part.name, parameters=0, licence="none: it has no weights")
+    if part.source == "grounding_dino":
+        from lyrics.foundation import grounding_dino
+
+        return grounding_dino.fit(part, out)
     if part.source == "file":
         from lyrics.foundation import detector_file
 

@@ -61,7 +61,7 @@ def fit(part: DetectorPart, out: Path) -> Made:
 
 
 class NamedDetector:
-    """A converted detector: maps and scores for the tags that are asked for."""
+    """A converted detector: maps and scores for the tags that each picture is asked for."""
 
     def __init__(self, part: Path, device: str | torch.device = "cpu") -> None:
         settings = read_json(part / SETTINGS)
@@ -71,30 +71,42 @@ class NamedDetector:
         self._device = torch.device(device)
         self._model = yolo.build_named(settings["yolo"], len(self.names), self.world)
         self._model.load_state_dict(load_file(part / WEIGHTS))
-        self._model.to(self._device).eval()
         head: Any = self._model.model[-1]
+        if hasattr(head, "end2end"):  # YOLOv10 and YOLO26 have a head that needs no suppression, and the ordinary one
+            head.end2end = False
+        self._model = yolo.for_inference(self._model, self._device)
         self._read = MapReader(self._model, [head.f[0]])
         self.width: int = head.cv2[0][0].conv.in_channels
         self._texts = _TextTower(part / TEXT, self._device) if self.world else None
 
     @torch.inference_mode()
-    def predict(self, pixels_B3SS: Tensor, tags: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-        """Decoded predictions (B, 4 + tags, anchors), boxes as centre and size, and the map to pool features from.
+    def predict(self, pixels_B3SS: Tensor, tags_per_image: Sequence[Sequence[str]]) -> tuple[Tensor, list[Tensor]]:
+        """Decoded predictions (B, 4 + T, anchors), boxes as centre and size, and the map to pool features from.
 
-        A detector with fixed classes scores the tags that it has a class for; the others get 0.
+        T is the most tags of a picture, at least 1; rows past a picture's own are 0, as are those of tags that a
+        detector with fixed classes has no class for.
         """
         pixels = pixels_B3SS.to(self._device)
+        most = max(1, *map(len, tags_per_image))
         if self._texts is not None:
-            self._model.txt_feats = self._texts.encode(tags)[None]
-            self._model.model[-1].nc = len(tags)
-            return self._read(pixels)
+            # YOLO-World's neck looks at all texts of a picture; one that comes twice changes nothing there, so a
+            # picture's own first tag fills its row up: what is found does not depend on the pictures beside it.
+            filled = [[*tags, *[tags[0] if tags else ""] * (most - len(tags))] for tags in tags_per_image]
+            texts_TE = self._texts.encode([tag for tags in filled for tag in tags])
+            self._model.txt_feats = texts_TE.reshape(len(filled), most, -1)
+            self._model.model[-1].nc = most
+            predictions, maps = self._read(pixels)
+            for prediction, tags in zip(predictions, tags_per_image, strict=True):
+                prediction[4 + len(tags) :] = 0.0
+            return predictions, maps
         predictions, maps = self._read(pixels)
         index = {name.casefold(): i for i, name in enumerate(self.names)}
-        scores = predictions.new_zeros(len(predictions), len(tags), predictions.shape[-1])
-        for row, tag in enumerate(tags):
-            if tag.casefold() in index:
-                scores[:, row] = predictions[:, 4 + index[tag.casefold()]]
-        return torch.cat([predictions[:, :4], scores], dim=1), maps
+        scores_BTA = predictions.new_zeros(len(predictions), most, predictions.shape[-1])
+        for scores_TA, prediction, tags in zip(scores_BTA, predictions, tags_per_image, strict=True):
+            for row, tag in enumerate(tags):
+                if tag.casefold() in index:
+                    scores_TA[row] = prediction[4 + index[tag.casefold()]]
+        return torch.cat([predictions[:, :4], scores_BTA], dim=1), maps
 
 
 class _TextTower(nn.Module):

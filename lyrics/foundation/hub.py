@@ -12,6 +12,7 @@ _WEIGHTS = "*.safetensors"
 _LICENCES = {
     "google-bert/bert-base-uncased": "Apache-2.0",
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
+    "IDEA-Research/grounding-dino-tiny": "Apache-2.0",
     "openai/clip-vit-base-patch32": "MIT",
     "openai/clip-vit-large-patch14": "MIT",
     "facebook/sam-vit-huge": "Apache-2.0",

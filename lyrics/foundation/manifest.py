@@ -1,6 +1,7 @@
 """A manifest beside every frozen part: where it came from, under which licence, and the hash of every file."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def write(folder: Path, part: str, made: Made) -> None:
     write_json(
         folder / NAME, {**dataclasses.asdict(made), "part": part, "quality": quality, "sha256": _hashes(Path(folder))}
     )
+
+
+def count_parameters(folder: Path) -> int:
+    """Number of weights in the safetensors of a folder, from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            shapes: list[Any] = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
+            total += sum(math.prod(shape) for shape in shapes)
+    return total
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Shapes: B images, R boxes of a batch, C channels, S cells along a side of a pool
 space. Boxes are xyxy in pixels of the picture as the network sees it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import ops
 
+from lyrics.model.pictures import once
+
 CELLS = 7
 _GREY = 114  # ultralytics' padding
 _SAMPLES = 2  # points along a side of each cell
@@ -21,16 +24,22 @@ _SAMPLES = 2  # points along a side of each cell
 
 def letterbox(images: Sequence[Image.Image], size_px: int) -> tuple[Tensor, list[float]]:
     """Pictures as a batch (B, 3, size, size) in [0, 1], at the top left of a grey square, and the scale of each."""
+    pixels, scales = once(images, ("letterbox", size_px), functools.partial(_letterbox, size_px=size_px), ahead=True)
+    return pixels.permute(0, 3, 1, 2).float().div_(255), scales
+
+
+def _letterbox(images: Sequence[Image.Image], size_px: int) -> tuple[Tensor, list[float]]:
+    """Bytes (B, size, size, 3)."""
     pixels, scales = np.full((len(images), size_px, size_px, 3), _GREY, np.uint8), []
     for row, image in zip(pixels, images, strict=True):
         scale = size_px / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        resized = image.convert("RGB")
+        resized = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
         if resized.size != (width, height):
             resized = resized.resize((width, height), Image.Resampling.BILINEAR)
         row[:height, :width] = np.asarray(resized)
         scales.append(scale)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255), scales
+    return torch.from_numpy(pixels), scales
 
 
 def pool(maps: Sequence[Tensor], boxes: Sequence[Tensor], size_px: int, cells: int) -> Tensor:
@@ -59,7 +68,7 @@ class MapReader:
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Decoded predictions (B, 4 + classes, anchors) and the maps."""
-        output = self.model(pixels)
+        output = self.model(pixels.contiguous(memory_format=torch.channels_last))
         maps = [self._seen.pop(layer) for layer in self._layers]
         return (output[0] if isinstance(output, tuple) else output), maps
 

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
+BOX_STEP = 16
 _MARGIN = 0.1  # of a side: a predicted box is never exact
 _OUTSIDE = -10.0  # logit of what lies further out: an object ends where its box does
 
@@ -58,25 +60,53 @@ class BoxSam(nn.Module):
         `MaskDecoder` itself takes one picture at a time and refuses no boxes; this is its computation with each box
         beside its own picture.
         """
-        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
-        counts = torch.tensor([len(one) for one in boxes], device=embeddings_BCHW.device)
-        if not int(counts.sum()):
+        if not any(map(len, boxes)):
             return embeddings_BCHW.new_zeros(0, *details_BKhw.shape[2:])
+        boxes_R4 = torch.cat(list(boxes))
+        picture_R = torch.cat([torch.full((len(one),), i) for i, one in enumerate(boxes)]).to(boxes_R4.device)
+        if self.training:
+            return self._decode(embeddings_BCHW, details_BKhw, boxes_R4, picture_R)
+        filled_R = fill_up(len(boxes_R4)).to(boxes_R4.device)
+        return self._decode(embeddings_BCHW, details_BKhw, boxes_R4[filled_R], picture_R[filled_R])[: len(boxes_R4)]
+
+    def _decode(self, embeddings_BCHW: Tensor, details_BKhw: Tensor, boxes_R4: Tensor, picture_R: Tensor) -> Tensor:
+        decoder, prompts = self.sam.mask_decoder, self.sam.prompt_encoder
         side = details_BKhw.shape[-1]
         scale = side / prompts.input_image_size[0]
-        drawn_Rhw = draw(torch.cat(list(boxes)) * scale, side)
-        sparse_RNC, dense_RCHW = prompts(points=None, boxes=torch.cat(list(boxes)), masks=drawn_Rhw[:, None])
+        drawn_Rhw = draw(boxes_R4 * scale, side)
+        sparse_RNC, dense_RCHW = prompts(points=None, boxes=boxes_R4, masks=drawn_Rhw[:, None])
         tokens_TC = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens_RTC = torch.cat([tokens_TC.expand(len(sparse_RNC), -1, -1), sparse_RNC], dim=1)
-        source_RCHW = torch.repeat_interleave(embeddings_BCHW, counts, dim=0) + dense_RCHW
+        source_RCHW = embeddings_BCHW.index_select(0, picture_R) + dense_RCHW
         position_RCHW = prompts.get_dense_pe().expand(len(source_RCHW), -1, -1, -1)
         tokens_RTC, source_RLC = decoder.transformer(source_RCHW, position_RCHW, tokens_RTC)
         upscaled_RKhw = decoder.output_upscaling(source_RLC.transpose(1, 2).reshape(source_RCHW.shape))
-        upscaled_RKhw = upscaled_RKhw + torch.repeat_interleave(details_BKhw, counts, dim=0)
+        upscaled_RKhw = upscaled_RKhw + details_BKhw.index_select(0, picture_R)
         weights_RK = decoder.output_hypernetworks_mlps[0](tokens_RTC[:, 1])
         logits_Rhw = torch.einsum("rk,rkhw->rhw", weights_RK, upscaled_RKhw)
-        near_Rhw = draw(widen(torch.cat(list(boxes)), _MARGIN) * scale, side) > 0
+        near_Rhw = draw(widen(boxes_R4, _MARGIN) * scale, side) > 0
         return logits_Rhw.masked_fill(~near_Rhw, _OUTSIDE)
+
+
+def fill_up(count: int) -> Tensor:
+    """Rows 0 … count - 1 and the first again, to a multiple of `BOX_STEP`: few different numbers of boxes come.
+
+    Each new number costs a CPU half a second of new kernels.
+    """
+    rows = torch.arange(count + -count % BOX_STEP)
+    return torch.where(rows < count, rows, 0)
+
+
+class FusedAttention(Attention):
+    """The encoder's attention where nothing is learned: torch's own kernel, which keeps no map of all pairs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.use_rel_pos:
+            return super().forward(x)
+        batch, rows, columns, width = x.shape
+        qkv_3BhLd = self.qkv(x).reshape(batch, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        found_BhLd = F.scaled_dot_product_attention(*qkv_3BhLd.unbind(0))
+        return self.proj(found_BhLd.transpose(1, 2).reshape(batch, rows, columns, width))
 
 
 def widen(boxes_R4: Tensor, share: float) -> Tensor:
@@ -96,17 +126,20 @@ def draw(boxes_R4: Tensor, side: int) -> Tensor:
 def build(size: SamSize) -> Sam:
     """As `segment_anything` builds its own, with one mask per box in place of three candidates."""
     grid = size.image_size_px // size.patch_size_px
+    encoder = ImageEncoderViT(
+        img_size=size.image_size_px,
+        patch_size=size.patch_size_px,
+        embed_dim=size.width,
+        depth=size.layers,
+        num_heads=size.heads,
+        out_chans=size.embedding,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_size=0,
+    )
+    for block in encoder.blocks:
+        block.attn.__class__ = FusedAttention
     return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=size.image_size_px,
-            patch_size=size.patch_size_px,
-            embed_dim=size.width,
-            depth=size.layers,
-            num_heads=size.heads,
-            out_chans=size.embedding,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            window_size=0,
-        ),
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=size.embedding,
             image_embedding_size=(grid, grid),

@@ -7,7 +7,6 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from lyrics.data.annotated import read_split
 from lyrics.data.records import ImageRecord
 from lyrics.data.webdataset import open_image
 from lyrics.errors import InputError
-from lyrics.foundation import sam, training
-from lyrics.foundation.manifest import Made
+from lyrics.foundation import masks, sam, training
+from lyrics.foundation.manifest import Made, count_parameters
 from lyrics.foundation.regions import letterbox
 from lyrics.io import read_json, write_json
 from lyrics.stage import Tracker
 
 SETTINGS, WEIGHTS = "segmenter.json", "sam.safetensors"
 _JITTER = 0.05  # of a box's side: predicted boxes are never exact
-_BOX_STEP = 16  # a batch has a multiple of it: each new number of boxes costs half a second of new kernels
 
 
 def small(image_size_px: int) -> sam.SamSize:
@@ -53,25 +51,25 @@ class BoxSegmenter:
     """A small Sam with its pictures and boxes in batches."""
 
     def __init__(self, model: sam.BoxSam, size_px: int, device: str | torch.device = "cpu") -> None:
-        self._model, self._size_px, self._device = model.to(device).eval(), size_px, torch.device(device)
+        self.model, self._size_px, self._device = model.to(device).eval(), size_px, torch.device(device)
         self.width: int = model.sam.prompt_encoder.embed_dim
 
     @torch.inference_mode()
     def masks(
         self, images: Sequence[Image.Image], boxes_per_image: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Masks (N, H, W) bool at each picture's size and features (N, width) float32; N may be 0."""
+    ) -> tuple[list[tuple[str, ...]], list[np.ndarray]]:
+        """Masks (N compressed COCO counts at each picture's size) and features (N, width) float32; N may be 0."""
         pixels, scales = letterbox(images, self._size_px)
         boxes = [
             torch.as_tensor(np.asarray(box, np.float32).reshape(-1, 4) * scale).to(self._device)
             for box, scale in zip(boxes_per_image, scales, strict=True)
         ]
         counts = [len(one) for one in boxes]
-        embeddings, details = self._model.encode(pixels.to(self._device))
-        logits = upscale(self._model.decode(embeddings, details, boxes), self._size_px).split(counts)
+        embeddings, details = self.model.encode(pixels.to(self._device))
+        logits = upscale(self.model.decode(embeddings, details, boxes), self._size_px).split(counts)
         features = sam.average_under(embeddings, [one > 0 for one in logits], boxes)
-        masks = [_at_size(one, image, scale) for one, image, scale in zip(logits, images, scales, strict=True)]
-        return masks, [one.float().cpu().numpy() for one in features.split(counts)]
+        found = [_at_size(one, image, scale) for one, image, scale in zip(logits, images, scales, strict=True)]
+        return found, [one.float().cpu().numpy() for one in features.split(counts)]
 
 
 def upscale(logits_RHW: Tensor, size_px: int) -> Tensor:
@@ -80,13 +78,11 @@ def upscale(logits_RHW: Tensor, size_px: int) -> Tensor:
     return F.interpolate(logits_RHW[:, None], (size_px, size_px), mode="bilinear", align_corners=False)[:, 0]
 
 
-def _at_size(logits_NSS: Tensor, image: Image.Image, scale: float) -> np.ndarray:
+def _at_size(logits_NSS: Tensor, image: Image.Image, scale: float) -> tuple[str, ...]:
     """Cut the padding off and bring the masks to the size of the picture."""
     width, height = image.size
     inside = logits_NSS[:, : max(1, round(height * scale)), : max(1, round(width * scale))]
-    if inside.shape[1:] != (height, width) and len(inside):
-        inside = F.interpolate(inside[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
-    return (inside > 0).cpu().numpy() if len(inside) else np.zeros((0, height, width), bool)
+    return masks.from_logits(inside, height, width) if len(inside) else ()
 
 
 def load(part: Path, device: str | torch.device = "cpu") -> BoxSegmenter:
@@ -99,8 +95,8 @@ def load(part: Path, device: str | torch.device = "cpu") -> BoxSegmenter:
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.segmenter, work / "out"
-    if part.source == "annotations":
-        write_json(out / SETTINGS, {"source": "annotations"})
+    if part.source in ("annotations", "none"):
+        write_json(out / SETTINGS, {"source": part.source})
         return Made(source=part.source, name=part.name, parameters=0, licence="none: it has no weights")
     if part.source == "hub":
         return _fetch(part.name, part.revision, out)
@@ -191,7 +187,7 @@ class _Data:
                 torch.from_numpy((box + _JITTER * sides * generator.normal(size=box.shape)).astype(np.float32))
             )
         masks = [self._masks[row] for row in rows]
-        again = torch.arange(len(boxes[-1]) + -sum(map(len, boxes)) % _BOX_STEP) % len(boxes[-1])
+        again = torch.arange(len(boxes[-1]) + -sum(map(len, boxes)) % sam.BOX_STEP) % len(boxes[-1])
         boxes[-1], masks[-1] = boxes[-1][again], masks[-1][again]
         return self._pixels[rows].float() / 255, boxes, torch.cat(masks).float()
 
@@ -204,15 +200,4 @@ def _fetch(name: str, revision: str | None, out: Path) -> Made:
     for file in sorted([*fetched.folder.glob("*.json"), *fetched.folder.glob("*.safetensors")]):
         shutil.copyfile(file, out / file.name)
     write_json(out / SETTINGS, {"source": "hub"})
-    return Made(source="hub", name=name, revision=revision, licence=fetched.licence, parameters=_count(out), quality={})
-
-
-def _count(folder: Path) -> int:
-    from safetensors import safe_open
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            shapes: list[Any] = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
-            total += sum(int(np.prod(shape)) for shape in shapes)
-    return total
+    return Made(source="hub", name=name, revision=revision, licence=fetched.licence, parameters=count_parameters(out))

@@ -1,11 +1,13 @@
 """Foundation part `tagger`: which words of a vocabulary are in a picture.
 
-Files: vocabulary.json, and head.safetensors where a head was fitted on the CLIP tower. `hub` compares the CLIP with the
-vocabulary and `annotations` reads the ground truth; neither has weights of its own.
+Files: vocabulary.json, head.safetensors where a head was fitted on the CLIP tower, and thresholds.json where tags have
+thresholds of their own. `zero_shot` compares the CLIP with the vocabulary, `annotations` reads the ground truth, `none`
+gives the whole vocabulary; these have no weights.
 
 Shapes: B pictures, P patches, D encoder width, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from lyrics.io import read_json, write_json
 from lyrics.seeding import rng
 from lyrics.stage import Tracker
 
-VOCABULARY, HEAD = "vocabulary.json", "head.safetensors"
+VOCABULARY, THRESHOLDS, HEAD = "vocabulary.json", "thresholds.json", "head.safetensors"
 _BATCH = 64
 
 
@@ -54,46 +56,77 @@ def fit(config: Config, work: Path, tracker: Tracker) -> Made:
     part, out = config.foundation.tagger, work / "out"
     if part.source == "fitted":
         return _fit(config, out, tracker)
-    if part.source == "hub" and part.name != config.foundation.clip.name:
+    if part.source == "zero_shot":
+        _check_prompts(part.prompts)
+    vocabulary = read_vocabulary(part, SPLIT.parent)
+    write_json(out / VOCABULARY, list(vocabulary))
+    if own := {tag: threshold for tag, threshold in vocabulary.items() if threshold is not None}:
+        write_json(out / THRESHOLDS, own)
+    licence = "that of foundation.clip" if part.source == "zero_shot" else "none: it has no weights"
+    return Made(source=part.source, name=part.name, parameters=0, licence=licence)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if not prompts or not all("{}" in prompt for prompt in prompts):
         raise InputError(
-            f"foundation.tagger.name is {part.name}, but it compares pictures through foundation.clip, which is "
-            f"{config.foundation.clip.name}; give both the same name and revision"
+            f"foundation.tagger.prompts is {list(prompts)}; expected sentences with {{}} where the tag belongs, e.g. "
+            '"a photo of a {}"'
         )
-    write_json(out / VOCABULARY, read_vocabulary(part, SPLIT.parent))
-    licence = "that of foundation.clip" if part.source == "hub" else "none: it has no weights"
-    return Made(source=part.source, name=part.name, revision=part.revision, parameters=0, licence=licence)
 
 
-def read_vocabulary(part: TaggerPart, raw: Path) -> list[str]:
-    """The lines of the part's vocabulary file; without one the categories of the foundation split, else of all splits.
+def read_vocabulary(part: TaggerPart, raw: Path) -> dict[str, float | None]:
+    """Tags and their own thresholds: of the part's vocabulary file, else the categories of the foundation split, else
+    those of all splits.
 
     Raises:
-        InputError: the file is missing or there is no category at all.
+        InputError: the file is missing or malformed, or there is no category at all.
     """
     if part.vocabulary is not None:
-        path = Path(part.vocabulary)
-        if not path.is_file():
-            raise InputError(f"foundation.tagger.vocabulary is {path}, which is no file; expected one tag a line")
-        found = [line.strip() for line in path.read_text().splitlines()]
-    else:
-        own = raw / SPLIT.name / "instances.json"
-        paths = [own] if own.exists() else sorted(raw.glob("*/instances.json"))
-        documents = [read_instances(path) for path in paths]
-        found = sorted({str(category["name"]) for document in documents for category in document.categories})
-    vocabulary = list(dict.fromkeys(tag for tag in found if tag))
-    if not vocabulary:
+        return _read_file(Path(part.vocabulary))
+    own = raw / SPLIT.name / "instances.json"
+    paths = [own] if own.exists() else sorted(raw.glob("*/instances.json"))
+    documents = [read_instances(path) for path in paths]
+    names = sorted({str(category["name"]) for document in documents for category in document.categories} - {""})
+    if not names:
         raise InputError(
             f"There is no tag to give: no split in {raw} has categories in an instances.json; name a file with one tag "
             "a line in foundation.tagger.vocabulary"
         )
-    return vocabulary
+    return dict.fromkeys(names)
+
+
+def _read_file(path: Path) -> dict[str, float | None]:
+    """One tag a line, and after a tab its threshold where it has one; the first of equal tags counts."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"foundation.tagger.vocabulary is {path}, which cannot be read ({error}); expected one tag a line"
+        ) from None
+    found: dict[str, float | None] = {}
+    for number, line in enumerate(lines, start=1):
+        tag, _, threshold = (part.strip() for part in line.partition("\t"))
+        if not tag:
+            continue
+        try:
+            own = float(threshold) if threshold else None
+        except ValueError:
+            own = math.nan
+        if own is not None and not 0 <= own <= 1:
+            raise InputError(
+                f"{path}:{number}: the threshold of {tag!r} is {threshold!r}; expected a number from 0 to 1"
+            )
+        found.setdefault(tag, own)
+    if not found:
+        raise InputError(f"There is no tag in {path}; expected one a line, after a tab its own threshold")
+    return found
 
 
 def _fit(config: Config, out: Path, tracker: Tracker) -> Made:
     part, device = config.foundation.tagger, training.pick_device(config.device)
     records = [image for image in read_split(SPLIT).images if image.annotations]
     records, held_out = training.hold_out(records)
-    vocabulary = read_vocabulary(part, SPLIT.parent)
+    vocabulary = list(read_vocabulary(part, SPLIT.parent))
     clip = load_clip(FOUNDATION / "clip", str(device))
     with training.deterministic(config.seed, "tagger"):
         patches_BPD, targets_BV = features(clip, records), targets(records, vocabulary)
@@ -156,6 +189,12 @@ def quality_of(head: TagHead, patches_BPD: Tensor, targets_BV: Tensor, threshold
 
 def load_vocabulary(folder: Path) -> tuple[str, ...]:
     return tuple(read_json(folder / VOCABULARY))
+
+
+def load_thresholds(folder: Path) -> dict[str, float]:
+    """Those of the tags that have one of their own."""
+    path = folder / THRESHOLDS
+    return read_json(path) if path.exists() else {}
 
 
 def load_head(folder: Path) -> TagHead:

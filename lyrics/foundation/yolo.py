@@ -49,7 +49,11 @@ def load_ultralytics() -> ModuleType:
     """Import ultralytics with its network, logging and settings side effects off."""
     omp_threads, save, image_open = os.environ.get("OMP_NUM_THREADS"), torch.save, Image.open
     os.environ.update(
-        YOLO_AUTOINSTALL="false", YOLO_OFFLINE="1", YOLO_VERBOSE="false", YOLO_CONFIG_DIR=str(_config_dir())
+        YOLO_AUTOINSTALL="false",
+        YOLO_OFFLINE="1",
+        YOLO_VERBOSE="false",
+        YOLO_CONFIG_DIR=str(_config_dir()),
+        ULTRALYTICS_SAFE_LOAD="true",  # else what a model's description says is evaluated as code
     )
     with kept_threads():
         import ultralytics
@@ -180,12 +184,19 @@ def build_named(model_yaml: dict[str, Any], classes: int, world: bool) -> Any:
         return kind(dict(model_yaml), ch=model_yaml.get("channels", 3), nc=classes, verbose=False)
 
 
+def for_inference(model: Any, device: torch.device) -> Any:
+    """The model with its normalisations folded into its convolutions, in the memory layout that they are fastest in."""
+    with kept_threads():
+        return model.eval().fuse(verbose=False).to(device, memory_format=torch.channels_last)
+
+
 def load_file(path: Path, sha256: str | None) -> Any:
     """A detector that the user names: an ultralytics .pt file (YOLO or YOLO-World).
 
-    Such a file is a pickle and can run code, so it is opened only if the configuration lists its sha256.
+    Such a file is a pickle and can run code, so it is opened only if the configuration lists its sha256, and even then
+    only classes of torch and ultralytics are made from it.
     """
-    if not path.exists():
+    if not path.is_file():
         raise InputError(
             f"The detector file {path} does not exist; put it there, or name another in foundation.detector.name"
         )
@@ -197,10 +208,19 @@ def load_file(path: Path, sha256: str | None) -> Any:
             f"code: if you trust its source, set foundation.detector.sha256: {found}"
         )
     load_ultralytics()
-    from ultralytics.nn.tasks import load_checkpoint
+    from ultralytics.nn.tasks import torch_safe_load
 
     with kept_threads():
-        model, _ = load_checkpoint(str(path))
+        try:
+            # A whole path: of a name alone, ultralytics would look for such a file elsewhere.
+            checkpoint, _ = torch_safe_load(str(path.resolve()), safe_only=True)
+            model = checkpoint.get("ema") or checkpoint["model"]
+        except (TypeError, AttributeError, KeyError, ImportError) as error:
+            why = " ".join(str(error).split())
+            raise InputError(
+                f"The detector file {path} is listed, but holds no ultralytics detector that can be read safely "
+                f"({why:.200}); train or export it again with ultralytics, or name another in foundation.detector.name"
+            ) from None
     return model.float().eval()
 
 

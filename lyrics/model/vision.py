@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lyrics.errors import InputError
 from lyrics.model import pretrained
+from lyrics.model.pictures import once
 
 PREPROCESSING = "preprocessing.json"
 
@@ -38,17 +39,16 @@ class Preprocessing:
     def as_dict(self) -> dict[str, object]:
         return {"image_size_px": self.image_size_px, "mean": list(self.mean), "std": list(self.std)}
 
-    def to_uint8(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, H, W) bytes."""
+    def _square(self, images: Sequence[Image.Image]) -> Tensor:
         side = (self.image_size_px, self.image_size_px)
-        arrays = [
-            np.asarray(
-                i if i.size == side and i.mode == "RGB" else i.convert("RGB").resize(side, Image.Resampling.BICUBIC)
-            )
-            for i in images
-        ]
+        coloured = (i if i.mode == "RGB" else i.convert("RGB") for i in images)
+        arrays = [np.asarray(i if i.size == side else i.resize(side, Image.Resampling.BICUBIC)) for i in coloured]
         stacked = np.stack(arrays) if arrays else np.zeros((0, *side, 3), np.uint8)
         return torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)))
+
+    def to_uint8(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, 3, H, W) bytes."""
+        return once(images, ("square", self.image_size_px), self._square, ahead=True)
 
     def normalise(self, uint8_B3HW: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=uint8_B3HW.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
@@ -66,12 +66,21 @@ class ImageEncoder(nn.Module):
         grid: (h, w) of the patches.
         prefix_tokens: tokens before the patches (1 for CLIP's class token, 0 for a feature map).
         patches: P, prefix included.
+        origin: the folder it was read from; what encoders of one origin see in a picture is the same.
     """
 
     def __init__(
-        self, tower: nn.Module, preprocessing: Preprocessing, *, width: int, grid: tuple[int, int], prefix_tokens: int
+        self,
+        tower: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        width: int,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        origin: str = "",
     ) -> None:
         super().__init__()
+        self.origin = origin
         self.tower = tower.eval().requires_grad_(False)
         self.preprocess = preprocessing
         self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
@@ -85,6 +94,15 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         """Tokens (B, P, D)."""
         return self.tower(pixels_B3HW)
+
+    def look(self, images: Sequence[Image.Image], device: torch.device) -> Tensor:
+        """Tokens (B, P, D) of pictures; of a batch of `Pictures` once, whichever part of the refiner asks."""
+        return once(
+            images,
+            tokens_key(self.origin, device),
+            lambda pictures: self(self.preprocess(pictures).to(device)),
+            ahead=False,
+        )
 
     def feature_map(self, tokens_BPD: Tensor) -> Tensor:
         """The patches as a map (B, D, h, w), for pooling inside boxes and masks."""
@@ -116,6 +134,11 @@ class _FlatMap(nn.Module):
         return self.network.forward_features(pixels_B3HW).flatten(2).transpose(1, 2)
 
 
+def tokens_key(origin: str, device: torch.device) -> tuple[str, str, str]:
+    """Under which a batch of `Pictures` keeps the tokens of an encoder."""
+    return ("tokens", origin, str(device))
+
+
 def load_image_encoder(folder: Path) -> ImageEncoder:
     """The encoder in a `clip` part of the foundation, frozen, in float32."""
     folder = Path(folder)
@@ -130,14 +153,25 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
         network.load_state_dict(load_file(folder / "model.safetensors"))
         side = preprocessing.image_size_px // network.feature_info[-1]["reduction"]
         return ImageEncoder(
-            _FlatMap(network), preprocessing, width=network.num_features, grid=(side, side), prefix_tokens=0
+            _FlatMap(network),
+            preprocessing,
+            width=network.num_features,
+            grid=(side, side),
+            prefix_tokens=0,
+            origin=str(folder.resolve()),
         )
     from transformers import CLIPVisionModel
 
     vision = pretrained.read(CLIPVisionModel, folder, dtype=torch.float32)
     side = vision.config.image_size // vision.config.patch_size
-    width = vision.config.hidden_size
-    return ImageEncoder(_Penultimate(vision), preprocessing, width=width, grid=(side, side), prefix_tokens=1)
+    return ImageEncoder(
+        _Penultimate(vision),
+        preprocessing,
+        width=vision.config.hidden_size,
+        grid=(side, side),
+        prefix_tokens=1,
+        origin=str(folder.resolve()),
+    )
 
 
 def timm_network(name: str) -> nn.Module:

@@ -79,9 +79,11 @@ def last_layer(tower: nn.Module) -> nn.Module | None:
 
 
 def segment_anything(part: SegmenterPart) -> tuple[nn.Module | None, int | None]:
-    """The segmenter and the width of its features; None where the annotations stand in."""
+    """The segmenter and the width of its features; None where the annotations stand in or it is off."""
     if part.source == "annotations":
         return None, None
+    if part.source == "none":
+        return None, 0
     if part.source == "fitted":
         size = segmenter.small(part.image_size_px)
         return sam.BoxSam(size), size.embedding
@@ -117,14 +119,14 @@ def vocabulary(config: Config) -> int:
 def mq_former_config(
     config: Config, assumed: Assumptions, encoder: Encoder, segmenter_width: int | None
 ) -> MQFormerConfig:
-    oracle = config.foundation.detector.source == "annotations"
+    detector = {"annotations": encoder.width, "none": 0}.get(config.foundation.detector.source, assumed.detector_width)
     return MQFormerConfig(
         **dataclasses.asdict(config.mq_former),
         vocabulary_size=vocabulary(config),
         pad_token_id=0,
         image_width=encoder.width,
-        detector_width=encoder.width if oracle else assumed.detector_width,
-        segmenter_width=segmenter_width or encoder.width,
+        detector_width=detector,
+        segmenter_width=encoder.width if segmenter_width is None else segmenter_width,
         max_objects=config.refine.max_objects,
         temperature=config.stage1.temperature,
     )

@@ -16,20 +16,18 @@ from lyrics.plan.parts import Encoder, Parts, without_data
 def seconds_per_picture(config: Config, assumed: Assumptions, parts: Parts, hardware: Hardware) -> tuple[float, float]:
     """FLOPs and seconds of the networks for a picture: without decoding it, and without a decoder of masks."""
     batch, part = config.refine.batch_size, config.foundation
-    oracles = [part.detector.source, part.segmenter.source].count("annotations")
-    looks = 1 + oracles + (part.tagger.source != "annotations")  # the tagger and the oracles read the encoder again
     flops = moved = 0.0
     with costs.metered(fused_attention=hardware.kind == "cuda") as counted, torch.no_grad():
         encoder, side = copy.copy(parts.encoder), part.clip.image_size_px
         _run(encoder, batch, side)
-        flops += looks * costs.flops(counted.operations)
-        moved += looks * costs.seconds(counted.operations, hardware)
+        flops += costs.flops(counted.operations)
+        moved += costs.seconds(counted.operations, hardware)
         counted.forget()
         if parts.segmenter is not None:
             _segment(parts.segmenter, batch, part.segmenter.image_size_px)
             flops += costs.flops(counted.operations)
             moved += costs.seconds(counted.operations, hardware)
-    detector = assumed.detector_gflop * 1e9
+    detector = assumed.detector_gflop * 1e9 * (part.detector.source != "none")
     return flops / batch + detector, moved / batch + detector / (hardware.fp32_tflops * 1e12)
 
 

@@ -1,7 +1,8 @@
 """Visual refiner, second module: tags → boxes per tag, with a feature vector for each box (paper section 1).
 
 One interface for every detector: a class-agnostic YOLO whose boxes are compared with the tags (`fitted`), a detector
-file that the user names (`file`), and the ground truth (`annotations`), which shows what a perfect detector would give.
+file that the user names (`file`: YOLO, YOLO-World), Grounding DINO (`grounding_dino`), the ground truth
+(`annotations`), which shows what a perfect detector would give, and `none`.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from lyrics.foundation import detector, manifest, regions, yolo
 
 if TYPE_CHECKING:
     from lyrics.foundation.detector_file import NamedDetector
+    from lyrics.foundation.grounding_dino import GroundingDino
 
 Annotations = Sequence[Sequence[Annotation]]
 _MAX_BOXES = 300
@@ -66,13 +68,33 @@ def load_detector(foundation: Path, config: DetectorPart, device: str | torch.de
     """
     part = foundation / "detector"
     source = manifest.read(part)["source"]
+    if source == "none":
+        return NoDetector()
     if source == "annotations":
-        return AnnotationDetector(foundation / "clip")
+        return AnnotationDetector(foundation / "clip", device)
+    if source == "grounding_dino":
+        from lyrics.foundation.grounding_dino import GroundingDino
+
+        return GroundedDetector(GroundingDino(part, device), config)
     if source == "file":
         from lyrics.foundation.detector_file import NamedDetector
 
         return FileDetector(NamedDetector(part, device), config)
     return RegionDetector(detector.load(part, foundation / "clip", device), config)
+
+
+class NoDetector:
+    """Switched off: no picture has a box."""
+
+    width = 0
+
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]:
+        return [empty(0) for _ in images]
 
 
 class RegionDetector:
@@ -130,27 +152,21 @@ class FileDetector:
         tags_per_image: Sequence[Sequence[str]],
         annotations: Annotations | None = None,
     ) -> list[Detections]:
-        everything = list(dict.fromkeys(tag for tags in tags_per_image for tag in tags))
-        if not everything:
+        if not any(tags_per_image):
             return [empty(self.width) for _ in images]
-        place = {tag: i for i, tag in enumerate(everything)}
         pixels, scales = regions.letterbox(images, self._model.size_px)
-        predictions, maps = self._model.predict(pixels, everything)
-        for prediction, tags in zip(predictions, tags_per_image, strict=True):
-            asked = torch.zeros(len(everything), dtype=torch.bool, device=prediction.device)
-            asked[[place[tag] for tag in tags]] = True
-            prediction[4:][~asked] = 0.0
+        predictions, maps = self._model.predict(pixels, tags_per_image)
         found = yolo.nms(predictions, self._config.score_threshold, self._config.nms_iou, _MAX_BOXES)
         features = regions.pool(maps, [one[:, :4] for one in found], self._model.size_px, 1).flatten(1)
         detections = []
-        for one, feature, image, scale, tags in zip(
-            found, features.split([len(one) for one in found]), images, scales, tags_per_image, strict=True
+        for one, feature, image, scale in zip(
+            found, features.split([len(one) for one in found]), images, scales, strict=True
         ):
             limit = torch.tensor([image.width, image.height] * 2, device=one.device)
             detections.append(
                 Detections(
                     boxes_xyxy=(one[:, :4] / scale).clamp(min=0).minimum(limit).cpu().numpy(),
-                    tag_index=np.array([list(tags).index(everything[int(i)]) for i in one[:, 5]], np.int64),
+                    tag_index=one[:, 5].long().cpu().numpy(),
                     score=one[:, 4].cpu().numpy(),
                     features=feature.float().cpu().numpy(),
                 )
@@ -158,13 +174,49 @@ class FileDetector:
         return detections
 
 
+class GroundedDetector:
+    """Grounding DINO: the tags are its text, and a box is described by the query that found it."""
+
+    def __init__(self, model: "GroundingDino", config: DetectorPart) -> None:
+        self._model, self._config = model, config
+        self.width = model.width
+
+    @torch.inference_mode()
+    def detect(
+        self,
+        images: Sequence[Image.Image],
+        tags_per_image: Sequence[Sequence[str]],
+        annotations: Annotations | None = None,
+    ) -> list[Detections]:
+        found = []
+        for image, looks in zip(images, self._model.predict(images, tags_per_image), strict=True):
+            if not looks:
+                found.append(empty(self.width))
+                continue
+            score, index = torch.cat([look.scores_QT for look in looks]).max(dim=1)
+            order = torch.argsort(score, descending=True, stable=True)[:_MAX_BOXES]
+            order = order[score[order] > self._config.score_threshold]
+            limit = torch.tensor([image.width, image.height] * 2, device=score.device)
+            boxes_xyxy = torch.cat([look.boxes_xyxy for look in looks])[order]
+            found.append(
+                Detections(
+                    boxes_xyxy=boxes_xyxy.clamp(min=0).minimum(limit).cpu().numpy(),
+                    tag_index=index[order].cpu().numpy(),
+                    score=score[order].cpu().numpy(),
+                    features=torch.cat([look.features_QD for look in looks])[order].cpu().numpy(),
+                )
+            )
+        return found
+
+
 class AnnotationDetector:
     """The oracle: boxes of the annotations whose category is among the tags; none where there are no annotations."""
 
-    def __init__(self, clip: Path) -> None:
+    def __init__(self, clip: Path, device: str | torch.device = "cpu") -> None:
         from lyrics.model.vision import load_image_encoder
 
-        self._encoder = load_image_encoder(clip)
+        self._device = torch.device(device)
+        self._encoder = load_image_encoder(clip).to(self._device)
         self.width = self._encoder.width
 
     @torch.inference_mode()
@@ -182,7 +234,7 @@ class AnnotationDetector:
         if not any(kept):
             return [empty(self.width) for _ in images]
         boxes = [torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4) for rows in kept]
-        map_BDHW = self._encoder.feature_map(self._encoder(self._encoder.preprocess(images))).float()
+        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float()
         height, width = map_BDHW.shape[-2:]
         # The encoder sees the whole picture as a square: boxes are scaled along each axis on its own.
         scaled = [

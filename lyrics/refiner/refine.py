@@ -6,20 +6,17 @@ summary.json   counts, widths of the features, and agreement with the annotation
 A shard is written whole under its final name in the work folder, so that a killed run goes on after its last shard.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from lyrics import io
@@ -29,6 +26,7 @@ from lyrics.data.webdataset import open_image
 from lyrics.errors import InputError
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner import features, quality
+from lyrics.refiner.ahead import ahead
 from lyrics.refiner.features import RefinedImage, Tokens
 from lyrics.refiner.refiner import RefinedObjects, Refiner, load_refiner
 from lyrics.refiner.sources import Source, read_sources
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["RefinedObjects", "Refiner", "load_refiner", "run"]
 
 FOUNDATION = Path("models/foundation")
-_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +116,9 @@ def refine_shard(
     batches = [records[start : start + size] for start in range(0, len(records), size)]
     refined: list[RefinedImage] = []
     tokens: list[Tokens] = []
-    for batch, images in zip(batches, _decoded(batches), strict=True):
+    for batch, images in zip(batches, ahead(batches, _decode), strict=True):
         with torch.inference_mode():
-            pixels = frozen.encoder.preprocess(images).to(frozen.device)
-            image_tokens = frozen.encoder(pixels).float().cpu().numpy()
+            image_tokens = frozen.encoder.look(images, frozen.device).float().cpu().numpy()
         found = frozen.refiner.refine(images, [record.annotations for record in batch])
         for record, image, image_tokens_PD, objects in zip(batch, images, image_tokens, found, strict=True):
             refined.append(_row(record, image, objects, shard, len(refined)))
@@ -137,12 +133,6 @@ def refine_shard(
     return refined, tokens
 
 
-def encode_masks(masks_NHW: np.ndarray) -> tuple[str, ...]:
-    """Compressed COCO run-length counts, one string a mask."""
-    columns = np.asfortranarray(masks_NHW.transpose(1, 2, 0).astype(np.uint8))
-    return tuple(rle["counts"].decode() for rle in coco_mask.encode(columns)) if len(masks_NHW) else ()
-
-
 def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard: int, row: int) -> RefinedImage:
     return RefinedImage(
         image_id=record.image_id,
@@ -153,27 +143,11 @@ def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard
         tags=objects.tags,
         boxes_xyxy=tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in objects.boxes_xyxy),
         scores=tuple(map(float, objects.scores)),
-        masks=encode_masks(objects.masks),
+        masks=objects.masks,
         spatial_text=objects.spatial_text,
         shard=shard,
         row=row,
     )
-
-
-def _decoded(batches: Iterable[Sequence[ImageRecord]]) -> Iterator[list[Image.Image]]:
-    """The pictures of each batch; the next batches are decoded while the caller computes."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead: collections.deque[concurrent.futures.Future[list[Image.Image]]] = collections.deque()
-        try:
-            for batch in batches:
-                ahead.append(pool.submit(_decode, batch))
-                if len(ahead) > _BATCHES_AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def _decode(batch: Sequence[ImageRecord]) -> list[Image.Image]:

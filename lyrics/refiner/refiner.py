@@ -22,7 +22,7 @@ class RefinedObjects:
 
     Attributes:
         boxes_xyxy: (N, 4) float32, pixels.
-        masks: (N, height, width) bool.
+        masks: N compressed COCO counts at the size of the picture; empty strings without a segmenter.
         detector_tokens_ND: float32, detector features pooled in each box.
         segmenter_tokens_ND: float32, segmenter features averaged under each mask.
     """
@@ -30,7 +30,7 @@ class RefinedObjects:
     tags: tuple[str, ...]
     boxes_xyxy: np.ndarray
     scores: np.ndarray
-    masks: np.ndarray
+    masks: tuple[str, ...]
     detector_tokens_ND: np.ndarray
     segmenter_tokens_ND: np.ndarray
     spatial_text: str

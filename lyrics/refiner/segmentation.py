@@ -1,7 +1,7 @@
 """Visual refiner, third module: boxes → masks, with a feature vector for each mask (paper section 1).
 
-One interface for every segmenter: a small Sam fitted here (`fitted`), published Segment Anything weights (`hub`), and
-the ground truth (`annotations`), which shows what a perfect segmenter would give.
+One interface for every segmenter: a small Sam fitted here (`fitted`), published Segment Anything weights (`hub`), the
+ground truth (`annotations`), which shows what a perfect segmenter would give, and `none`.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import ops
 
 from lyrics.config import SegmenterPart
 from lyrics.data.records import Annotation
-from lyrics.foundation import manifest, sam, segmenter
+from lyrics.foundation import manifest, masks, sam, segmenter
+from lyrics.model.pictures import once
 
 Annotations = Sequence[Sequence[Annotation]]
 _SAME_OBJECT = 0.5
@@ -29,11 +29,11 @@ class Segments:
     """One mask for each box of one picture, in the order of the boxes; N may be 0.
 
     Attributes:
-        masks: (N, height, width) bool, at the picture's size.
-        features: (N, width) float32.
+        masks: N compressed COCO counts at the picture's size; empty strings from no segmenter.
+        features: (N, width) float32; width is 0 from no segmenter.
     """
 
-    masks: np.ndarray
+    masks: tuple[str, ...]
     features: np.ndarray
 
 
@@ -58,15 +58,34 @@ def load_segmenter(foundation: Path, config: SegmenterPart, device: str | torch.
     """
     part = foundation / "segmenter"
     source = manifest.read(part)["source"]
+    if source == "none":
+        return NoSegmenter()
     if source == "annotations":
-        return AnnotationSegmenter(foundation / "clip")
+        return AnnotationSegmenter(foundation / "clip", device)
     if source == "hub":
         return HubSegmenter(part, device)
     return BoxSegmenter(segmenter.load(part, device))
 
 
+class NoSegmenter:
+    """Switched off: boxes have neither masks nor features under them."""
+
+    width = 0
+
+    def segment(
+        self,
+        images: Sequence[Image.Image],
+        boxes_per_image: Sequence[np.ndarray],
+        annotations: Annotations | None = None,
+    ) -> list[Segments]:
+        return [
+            Segments(masks=("",) * len(boxes), features=np.zeros((len(boxes), 0), np.float32))
+            for boxes in boxes_per_image
+        ]
+
+
 class BoxSegmenter:
-    """The small Sam."""
+    """The small Sam: all pictures of a batch, then all their boxes at once."""
 
     def __init__(self, model: segmenter.BoxSegmenter) -> None:
         self._model, self.width = model, model.width
@@ -79,12 +98,12 @@ class BoxSegmenter:
     ) -> list[Segments]:
         if not images:
             return []
-        masks, features = self._model.masks(images, boxes_per_image)
-        return [Segments(masks=m, features=f) for m, f in zip(masks, features, strict=True)]
+        found, features = self._model.masks(images, boxes_per_image)
+        return [Segments(masks=m, features=f) for m, f in zip(found, features, strict=True)]
 
 
 class HubSegmenter:
-    """Published Segment Anything weights, through transformers: pictures in a batch, boxes picture by picture."""
+    """Published Segment Anything weights, through transformers: pictures in a batch, the boxes of each in one call."""
 
     def __init__(self, part: Path, device: str | torch.device = "cpu") -> None:
         from transformers import SamImageProcessor, SamModel
@@ -93,6 +112,7 @@ class HubSegmenter:
         model: Any = SamModel.from_pretrained(part, local_files_only=True, dtype=torch.float32)
         self._model = model.to(device).eval()
         self._device = torch.device(device)
+        self._side: int = model.config.vision_config.image_size
         self.width: int = model.config.vision_config.output_channels
 
     @torch.inference_mode()
@@ -102,40 +122,44 @@ class HubSegmenter:
         boxes_per_image: Sequence[np.ndarray],
         annotations: Annotations | None = None,
     ) -> list[Segments]:
-        if not any(len(boxes) for boxes in boxes_per_image):
-            return [nothing(image, self.width) for image in images]
-        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        embeddings_BCHW = self._model.get_image_embeddings(inputs["pixel_values"].to(self._device))
-        found = []
-        for i, (image, boxes) in enumerate(zip(images, boxes_per_image, strict=True)):
-            if not len(boxes):
-                found.append(nothing(image, self.width))
-                continue
-            original, resized = inputs["original_sizes"][i : i + 1], inputs["reshaped_input_sizes"][i : i + 1]
-            scale = torch.tensor([resized[0, 1] / image.width, resized[0, 0] / image.height] * 2)
-            prompts_N4 = (torch.from_numpy(np.asarray(boxes, np.float32)) * scale).to(self._device)
-            output = self._model(
-                image_embeddings=embeddings_BCHW[i : i + 1], input_boxes=prompts_N4[None], multimask_output=False
-            )
-            (masks_N1HW,) = self._processor.post_process_masks(output.pred_masks.cpu(), original, resized)
-            masks_NHW = masks_N1HW[:, 0]
-            # The picture fills the top left of the square that the encoder saw.
-            side = embeddings_BCHW.shape[-1]
-            longest = int(resized.max())
-            rows, columns = (max(1, round(side * int(n) / longest)) for n in resized[0])
-            map_1CHW = embeddings_BCHW[i : i + 1, :, :rows, :columns].float().cpu()
-            features = sam.average_under(map_1CHW, [masks_NHW], [torch.from_numpy(np.asarray(boxes, np.float32))])
-            found.append(Segments(masks=masks_NHW.numpy(), features=features.numpy()))
+        found = [nothing(self.width)] * len(images)
+        seen = [i for i, boxes in enumerate(boxes_per_image) if len(boxes)]  # pictures without a box cost nothing
+        if not seen:
+            return found
+        inputs = once(images, ("segment anything", self._side), self._preprocess, ahead=True)
+        embeddings_BCHW = self._model.get_image_embeddings(inputs["pixel_values"][seen].to(self._device))
+        for i, embedding_CHW, resized in zip(seen, embeddings_BCHW, inputs["reshaped_input_sizes"][seen], strict=True):
+            boxes_N4 = torch.from_numpy(np.asarray(boxes_per_image[i], np.float32))
+            found[i] = self._segment_one(images[i], boxes_N4, embedding_CHW[None], resized.tolist())
         return found
+
+    def _preprocess(self, images: Sequence[Image.Image]) -> Any:
+        return self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+
+    def _segment_one(
+        self, image: Image.Image, boxes_N4: Tensor, embedding_1CHW: Tensor, resized: tuple[int, int]
+    ) -> Segments:
+        height, width = resized
+        prompts_N4 = (boxes_N4 * torch.tensor([width / image.width, height / image.height] * 2)).to(self._device)
+        output = self._model(image_embeddings=embedding_1CHW, input_boxes=prompts_N4[None], multimask_output=False)
+        # The picture fills the top left of the square that the encoder saw, and of the square of the masks.
+        logits_Nhw = segmenter.upscale(output.pred_masks[0, :, 0].float(), self._side)[:, :height, :width]
+        side, longest = embedding_1CHW.shape[-1], max(resized)
+        rows, columns = (max(1, round(side * n / longest)) for n in resized)
+        features = sam.average_under(
+            embedding_1CHW[:, :, :rows, :columns].float(), [logits_Nhw > 0], [prompts_N4.to(logits_Nhw)]
+        )
+        return Segments(masks=masks.from_logits(logits_Nhw, image.height, image.width), features=features.cpu().numpy())
 
 
 class AnnotationSegmenter:
     """The oracle: the mask of the annotation that a box belongs to (IoU ≥ 0.5); the box itself where there is none."""
 
-    def __init__(self, clip: Path) -> None:
+    def __init__(self, clip: Path, device: str | torch.device = "cpu") -> None:
         from lyrics.model.vision import load_image_encoder
 
-        self._encoder = load_image_encoder(clip)
+        self._device = torch.device(device)
+        self._encoder = load_image_encoder(clip).to(self._device)
         self.width = self._encoder.width
 
     @torch.inference_mode()
@@ -146,33 +170,33 @@ class AnnotationSegmenter:
         annotations: Annotations | None = None,
     ) -> list[Segments]:
         if not any(len(boxes) for boxes in boxes_per_image):
-            return [nothing(image, self.width) for image in images]
+            return [nothing(self.width) for _ in images]
         truth = annotations if annotations is not None else [()] * len(images)
         boxes_per = [torch.from_numpy(np.asarray(boxes, np.float32).reshape(-1, 4)) for boxes in boxes_per_image]
-        masks = [_true_masks(image, b, t) for image, b, t in zip(images, boxes_per, truth, strict=True)]
-        map_BDHW = self._encoder.feature_map(self._encoder(self._encoder.preprocess(images))).float().cpu()
-        features = sam.average_under(map_BDHW, [torch.from_numpy(m) for m in masks], boxes_per)
-        return [
-            Segments(masks=m, features=f.numpy())
-            for m, f in zip(masks, features.split([len(b) for b in boxes_per]), strict=True)
-        ]
+        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float().cpu()
+        found = []
+        for image, boxes_N4, annotated, map_DHW in zip(images, boxes_per, truth, map_BDHW, strict=True):
+            true_NHW = _true_masks(image, boxes_N4, annotated)
+            features = sam.average_under(map_DHW[None], [torch.from_numpy(true_NHW)], [boxes_N4])
+            found.append(Segments(masks=masks.encode(true_NHW), features=features.numpy()))
+        return found
 
 
 def _true_masks(image: Image.Image, boxes_N4: Tensor, annotations: Sequence[Annotation]) -> np.ndarray:
-    masks = np.zeros((len(boxes_N4), image.height, image.width), bool)
+    found_NHW = np.zeros((len(boxes_N4), image.height, image.width), bool)
     true_M4 = torch.tensor([a.box_xyxy for a in annotations], dtype=torch.float32).reshape(-1, 4)
     overlap_NM = ops.box_iou(boxes_N4, true_M4)
-    for mask, box, overlap_M in zip(masks, boxes_N4.tolist(), overlap_NM, strict=True):
+    for mask_HW, box, overlap_M in zip(found_NHW, boxes_N4.tolist(), overlap_NM, strict=True):
         best = int(overlap_M.argmax()) if len(annotations) else -1
         rle = annotations[best].rle if best >= 0 and overlap_M[best] >= _SAME_OBJECT else None
         if rle is not None:
-            mask |= coco_mask.decode(rle).astype(bool)
+            mask_HW |= masks.decode(rle["counts"], image.height, image.width)
             continue
         x0, y0 = int(max(box[0], 0)), int(max(box[1], 0))
-        mask[y0 : max(y0 + 1, round(box[3])), x0 : max(x0 + 1, round(box[2]))] = True
-    return masks
+        mask_HW[y0 : max(y0 + 1, round(box[3])), x0 : max(x0 + 1, round(box[2]))] = True
+    return found_NHW
 
 
-def nothing(image: Image.Image, width: int) -> Segments:
+def nothing(width: int) -> Segments:
     """No mask at all."""
-    return Segments(masks=np.zeros((0, image.height, image.width), bool), features=np.zeros((0, width), np.float32))
+    return Segments(masks=(), features=np.zeros((0, width), np.float32))

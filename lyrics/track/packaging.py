@@ -39,8 +39,8 @@ Not measured: {absent}.
 {parts}
 
 The code of Lyrics is Apache-2.0. Installed together with ultralytics (the YOLO detectors), which is AGPL-3.0, the
-combination falls under the AGPL-3.0: whoever serves it over a network owes its users the source. The detector backend
-`annotations` does without ultralytics.
+combination falls under the AGPL-3.0: whoever serves it over a network owes its users the source. The detector backends
+`annotations`, `grounding_dino` and `none` do without ultralytics.
 
 ## Limits
 

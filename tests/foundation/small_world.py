@@ -31,7 +31,15 @@ CLIP = ClipPart(
     batch_size=8,
     lr=1e-3,
 )
-TAGGER = TaggerPart(**FITTED, name="clip-head", vocabulary=None, threshold=0.5, epochs=2, lr=1e-3)
+TAGGER = TaggerPart(
+    source="fitted",
+    name="clip-head",
+    vocabulary=None,
+    prompts=("a photo of a {}",),
+    threshold=0.5,
+    epochs=2,
+    lr=1e-3,
+)
 
 
 def write_foundation(project: Path, count: int) -> None:

@@ -12,6 +12,7 @@ from small_world import CLIP, KINDS, SIDE, TAGGER, configuration, write_foundati
 from lyrics.errors import InputError
 from lyrics.foundation import clip, fit, llm, manifest
 from lyrics.io import sha256_tree
+from lyrics.model.pictures import Pictures
 from lyrics.model.vision import load_image_encoder
 from lyrics.refiner import tagging
 from lyrics.stage import NullTracker
@@ -130,6 +131,19 @@ def test_image_encoder_gives_the_penultimate_layer(project):
     assert not encoder.train().training and not any(p.requires_grad for p in encoder.parameters())
 
 
+def test_the_towers_of_a_folder_share_what_they_see(project):
+    folder, cpu = project / "models/foundation/clip", torch.device("cpu")
+    encoder, whole = load_image_encoder(folder), clip.load_clip(folder)
+    images = [Image.open(project / f"data/raw/foundation/images/{i}.png") for i in (1, 2, 3)]
+    pictures = Pictures(images)
+    tokens_BPD = encoder.look(pictures, cpu)
+    whole.model.vision_model.embeddings = None  # what was seen is not looked at again
+    shared = whole.patch_features(pictures), whole.encode_images(pictures)
+    alone = clip.load_clip(folder)
+    torch.testing.assert_close(tokens_BPD, encoder(encoder.preprocess(images)))
+    torch.testing.assert_close(shared, (alone.patch_features(images), alone.encode_images(images)))
+
+
 def test_tagger_gives_tags_of_its_vocabulary_best_first(project):
     loaded = tagging.load_tagger(project / "models/foundation", TAGGER)
     assert loaded.vocabulary == KINDS
@@ -137,8 +151,9 @@ def test_tagger_gives_tags_of_its_vocabulary_best_first(project):
     tags = loaded.tag(images)
     assert len(tags) == 2 and all(1 <= len(t) <= 2 and set(t) <= set(KINDS) for t in tags)
     assert loaded.tag([]) == []
-    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), 0.5) == ["b", "c"]
-    assert tagging.above(torch.tensor([0.2, 0.2]), ("a", "b"), 0.5) == ["a"]
+    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), torch.full((3,), 0.5)) == ["b", "c"]
+    assert tagging.above(torch.tensor([0.2, 0.9, 0.7]), ("a", "b", "c"), torch.tensor([0.1, 0.8, 0.8])) == ["b", "a"]
+    assert tagging.above(torch.tensor([0.2, 0.2]), ("a", "b"), torch.full((2,), 0.5)) == ["a"]
 
 
 @pytest.mark.parametrize(("part", "missing"), [("tokenizer", "corpus.txt"), ("llm", "corpus.txt")])

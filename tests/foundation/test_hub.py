@@ -50,7 +50,7 @@ def test_pickled_weights_are_never_asked_for_and_refused(monkeypatch, tmp_path):
 def test_every_part_that_paper_takes_from_the_hub_is_pinned():
     parts = yaml.safe_load((ROOT / "params/foundation/paper.yaml").read_text())
     taken = {name: part for name, part in parts.items() if part["source"] == "hub"}
-    assert set(taken) == {"tokenizer", "llm", "clip", "tagger", "segmenter"}
+    assert set(taken) == {"tokenizer", "llm", "clip", "segmenter"}
     assert all(re.fullmatch("[0-9a-f]{40}", part["revision"]) for part in taken.values())
     assert all(part["name"] in hub._LICENCES for part in taken.values())
 

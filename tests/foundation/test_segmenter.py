@@ -10,7 +10,7 @@ from small_scenes import SIDE, write_scenes
 
 from lyrics.config import SegmenterPart
 from lyrics.errors import InputError
-from lyrics.foundation import manifest, sam, segmenter
+from lyrics.foundation import manifest, masks, sam, segmenter
 from lyrics.io import sha256_tree
 from lyrics.stage import NullTracker
 
@@ -70,6 +70,16 @@ def test_batched_decoding_equals_the_decoder_of_segment_anything():
     assert (together[~near] < 0).all()
 
 
+def test_boxes_that_fill_up_a_batch_change_nothing_and_attention_is_what_training_computed():
+    model = small_sam()
+    pixels = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    assert sam.fill_up(3).tolist() == [0, 1, 2] + [0] * 13 and len(sam.fill_up(16)) == 16 and len(sam.fill_up(0)) == 0
+    learning = small_sam().train()
+    torch.testing.assert_close(model.encode(pixels), learning.encode(pixels), atol=1e-5, rtol=1e-4)
+    encoded = model.encode(pixels)
+    torch.testing.assert_close(model.decode(*encoded, BOXES), learning.decode(*encoded, BOXES), atol=1e-4, rtol=1e-4)
+
+
 def test_details_reach_the_masks():
     model = small_sam()
     embeddings, details = model.encode(torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)))
@@ -94,8 +104,8 @@ def test_no_box_at_all_gives_no_mask():
     model = small_sam()
     encoded = model.encode(torch.zeros(2, 3, SIDE, SIDE))
     assert model.decode(*encoded, [torch.zeros(0, 4)] * 2).shape == (0, 32, 32)
-    masks, features = segmenter.BoxSegmenter(model, SIDE).masks([Image.new("RGB", (80, 40))], [np.zeros((0, 4))])
-    assert masks[0].shape == (0, 40, 80)
+    found, features = segmenter.BoxSegmenter(model, SIDE).masks([Image.new("RGB", (80, 40))], [np.zeros((0, 4))])
+    assert found == [()]
     assert features[0].shape == (0, 64)
 
 
@@ -112,11 +122,10 @@ def test_features_are_averages_under_masks():
 def test_masks_have_the_size_of_their_picture():
     whole = segmenter.BoxSegmenter(small_sam(), SIDE)
     images = [Image.new("RGB", size) for size in ((SIDE, SIDE), (100, 30), (20, 50))]
-    masks, features = whole.masks(images, [np.array([[1.0, 1, 9, 9]])] * 3)
-    assert [mask.shape for mask in masks] == [(1, 64, 64), (1, 30, 100), (1, 50, 20)]
-    assert {(mask.dtype.name, feature.shape) for mask, feature in zip(masks, features, strict=True)} == {
-        ("bool", (1, 64))
-    }
+    found, features = whole.masks(images, [np.array([[1.0, 1, 9, 9]])] * 3)
+    for image, (counts,), feature in zip(images, found, features, strict=True):
+        assert masks.decode(counts, image.height, image.width).shape == (image.height, image.width)
+        assert feature.shape == (1, 64)
 
 
 def test_two_fits_are_the_same_bytes(project):

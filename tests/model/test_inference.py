@@ -24,6 +24,9 @@ class Parts:
     def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
+    def look(self, images: list[Image.Image], device: torch.device) -> torch.Tensor:
+        return self(self.preprocess(images))
+
     def __call__(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
         self.encoded += len(pixels_BHWC)
         flat_BX = pixels_BHWC.flatten(1).float()[:, :50]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lyrics.config import Refine
+from lyrics.foundation.masks import encode
 from lyrics.refiner.detection import Detections
 from lyrics.refiner.refiner import Refiner
 from lyrics.refiner.segmentation import Segments
@@ -48,7 +49,7 @@ class FakeSegmenter:
         masks = np.zeros((len(boxes), image.height, image.width), bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.astype(int), strict=True):
             mask[y0:y1, x0:x1] = True
-        return Segments(masks=masks, features=masks.mean((1, 2))[:, None].repeat(2, 1))
+        return Segments(masks=encode(masks), features=masks.mean((1, 2))[:, None].repeat(2, 1))
 
 
 class FakeEncoder:
@@ -65,6 +66,9 @@ class FakeEncoder:
     def preprocess(self, images):
         squares = [np.asarray(image.resize((16, 16)), np.float32) for image in images]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
+    def look(self, images, device):
+        return self(self.preprocess(images))
 
     def __call__(self, pixels_B3HW):
         self.images += len(pixels_B3HW)

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -8,13 +6,13 @@ from quarter_encoder import quarter_encoder
 
 from lyrics.config import DetectorPart
 from lyrics.data.records import Annotation
-from lyrics.foundation import detector, detector_file, manifest, yolo
-from lyrics.io import sha256_file
+from lyrics.foundation import detector, manifest
 from lyrics.refiner import detection
 
 PART = DetectorPart(
     source="fitted",
     name="yolo_small",
+    revision=None,
     sha256=None,
     image_size_px=64,
     score_threshold=0.3,
@@ -99,79 +97,10 @@ def test_the_oracle_without_annotations_finds_nothing(oracle):
     assert [len(found) for found in oracle.detect([PICTURE], [["star"]])] == [0]
 
 
-@pytest.fixture
-def named_file(tmp_path, monkeypatch):
-    """Converts a model of random weights that ultralytics wrote as a .pt file."""
-
-    def convert(model):
-        torch.save({"model": model, "train_args": {}}, tmp_path / "their.pt")
-        part = SimpleNamespace(
-            name=str(tmp_path / "their.pt"), sha256=sha256_file(tmp_path / "their.pt"), image_size_px=64
-        )
-        out = tmp_path / "detector"
-        out.mkdir()
-        manifest.write(out, "detector", detector_file.fit(part, out))
-        return tmp_path
-
-    text = tmp_path / "hub"
-    text.mkdir()
-    monkeypatch.setattr(detector_file.hub, "fetch", lambda *_: SimpleNamespace(folder=text))
-    return convert
-
-
-def their_model(world):
-    yolo.load_ultralytics()
-    from ultralytics.nn.tasks import DetectionModel, WorldModel
-
-    torch.manual_seed(0)
-    model = WorldModel("yolov8n-worldv2.yaml", nc=3, verbose=False) if world else DetectionModel("yolo11n.yaml", nc=3)
-    model.names = {0: "Star", 1: "moon", 2: "sun"}
-    return model.eval()
-
-
-@torch.inference_mode()
-def test_a_named_yolo_scores_the_tags_it_has_a_class_for(named_file):
-    model = their_model(world=False)
-    folder = named_file(model)
-    assert not list((folder / "detector").glob("*.pt"))
-    loaded = detector_file.NamedDetector(folder / "detector")
-    pixels = torch.rand(2, 3, 64, 64)
-    expected = model(pixels)[0]
-    predictions, maps = loaded.predict(pixels, ["moon", "unicorn", "star"])
-    torch.testing.assert_close(predictions[:, :5], expected[:, [0, 1, 2, 3, 5]])
-    assert (predictions[:, 5] == 0).all()
-    torch.testing.assert_close(predictions[:, 6], expected[:, 4])
-    assert maps[0].shape[:2] == (2, loaded.width)
-
-
-class Texts:
-    def __init__(self, *_):
-        pass
-
-    def encode(self, tags):
-        return torch.stack([torch.eye(512)[len(tag)] for tag in tags])
-
-
-@torch.inference_mode()
-def test_a_named_yolo_world_scores_any_tag(named_file, monkeypatch):
-    monkeypatch.setattr(detector_file, "_TextTower", Texts)
-    model = their_model(world=True)
-    folder = named_file(model)
-    loaded = detector_file.NamedDetector(folder / "detector")
-    pixels = torch.rand(1, 3, 64, 64)
-    model.txt_feats, model.model[-1].nc = Texts().encode(["moon", "a unicorn"])[None], 2
-    torch.testing.assert_close(loaded.predict(pixels, ["moon", "a unicorn"])[0], model(pixels)[0])
-
-
-def test_a_named_detector_behind_the_interface(named_file, monkeypatch):
-    folder = named_file(their_model(world=False))
-    part = SimpleNamespace(score_threshold=0.0, nms_iou=0.6)
-    found = detection.load_detector(folder, part).detect(
-        [Image.new("RGB", (100, 50), "red"), PICTURE, PICTURE], [["sun", "moon"], ["star"], []]
-    )
-    assert set(found[0].tag_index.tolist()) <= {0, 1}
-    assert len(found[0]) > 0
-    assert (found[0].boxes_xyxy[:, 3] <= 50).all()
-    assert found[0].features.shape[1] == found[1].features.shape[1]
-    assert set(found[1].tag_index.tolist()) == {0}
-    assert len(found[2]) == 0
+def test_a_detector_that_is_off_finds_nothing(tmp_path):
+    (tmp_path / "detector").mkdir()
+    manifest.write(tmp_path / "detector", "detector", manifest.Made(source="none", name="off", parameters=0))
+    off = detection.load_detector(tmp_path, PART)
+    found = off.detect([PICTURE] * 2, [["star"], []])
+    assert [(len(one), one.features.shape) for one in found] == [(0, (0, 0))] * 2
+    assert off.width == 0

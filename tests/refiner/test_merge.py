@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
@@ -54,6 +54,44 @@ def test_equal_scores_put_the_larger_first_whatever_the_order_given():
 
 def test_no_detections():
     assert len(merged(detections([], []))) == 0
+
+
+def slowly_merged(found, size, score_threshold, nms_iou, max_objects):
+    """Boxes and tags that stay, one at a time, by the words of `merge`."""
+    width, height = size
+    rows = []
+    for box, tag, score in zip(found.boxes_xyxy.tolist(), found.tag_index.tolist(), found.score.tolist(), strict=True):
+        x0, x1 = (min(max(v, 0.0), width) for v in box[::2])
+        y0, y1 = (min(max(v, 0.0), height) for v in box[1::2])
+        if score >= np.float32(score_threshold) and x1 - x0 >= 1 and y1 - y0 >= 1:
+            rows.append((-score, -(x1 - x0) * (y1 - y0), x0, y0, x1, y1, tag))
+    kept = []
+    for row in sorted(rows):
+        _, area, x0, y0, x1, y1, _ = row
+        for _, other, a0, b0, a1, b1, _ in kept:
+            shared = max(0.0, min(x1, a1) - max(x0, a0)) * max(0.0, min(y1, b1) - max(y0, b0))
+            if shared / (-area - other - shared) > nms_iou:
+                break
+        else:
+            kept.append(row)
+    return [(row[2:6], row[6]) for row in kept[:max_objects]]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(640, 20), (20, 640), (4000, 3000), (1, 1), (99, 101)]))
+@settings(max_examples=25, deadline=None)
+def test_hundreds_of_objects_of_many_tags_in_pictures_of_any_shape(seed, size):
+    """Tiny, huge and outlying boxes, in whole pixels; no overlap of such boxes lies at the threshold."""
+    nms_iou = 0.6123456
+    draw = np.random.default_rng(seed)
+    count = int(draw.integers(0, 400))
+    corners = draw.integers(-10, np.array([*size]) + 10, (count, 2))
+    sides = (2 ** draw.uniform(-1, np.log2(max(size)) + 1, (count, 2))).astype(int)
+    found = detections(
+        np.concatenate([corners, corners + sides], 1), draw.integers(0, 10, count) / 10, draw.integers(0, 50, count)
+    )
+    kept = merge(found, size, score_threshold=0.25, nms_iou=nms_iou, max_objects=100)
+    expected = slowly_merged(found, size, 0.25, nms_iou, 100)
+    assert list(zip(map(tuple, kept.boxes_xyxy.tolist()), kept.tag_index.tolist(), strict=True)) == expected
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 60)] * 4, st.integers(0, 10)), max_size=12), st.integers(1, 6), st.randoms())

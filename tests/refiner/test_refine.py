@@ -12,6 +12,7 @@ from lyrics import io
 from lyrics.data.records import Annotation
 from lyrics.data.webdataset import WebPair, open_image, write_tar
 from lyrics.errors import InputError
+from lyrics.foundation import masks
 from lyrics.refiner import features, quality, refine
 from lyrics.refiner.features import RefinedSplit
 from lyrics.stage import NullTracker
@@ -89,7 +90,8 @@ def test_the_refiner_on_pictures_of_different_sizes():
     found = fake_refiner().refine(images)
     assert [len(objects.tags) for objects in found] == [n % 3 for n in range(6)]
     for image, objects in zip(images, found, strict=True):
-        assert objects.masks.shape == (len(objects.tags), image.height, image.width)
+        assert len(objects.masks) == len(objects.tags)
+        assert all(masks.decode(counts, image.height, image.width).any() for counts in objects.masks)
         assert objects.detector_tokens_ND.shape == (len(objects.tags), 3)
         assert objects.segmenter_tokens_ND.shape == (len(objects.tags), 2)
     assert found[0].spatial_text == ""
@@ -112,7 +114,7 @@ def test_a_run_writes_what_the_refiner_saw(project, monkeypatch):
             assert image.tags == expected.tags and image.spatial_text == expected.spatial_text
             for counts, mask in zip(image.masks, expected.masks, strict=True):
                 decoded = coco_mask.decode({"size": [image.height, image.width], "counts": counts})
-                np.testing.assert_array_equal(decoded.astype(bool), mask)
+                np.testing.assert_array_equal(decoded.astype(bool), masks.decode(mask, image.height, image.width))
             seen = split.seen(image_id)
             tokens = FakeEncoder()(FakeEncoder().preprocess([opened]))[0].numpy().astype(np.float16)
             np.testing.assert_array_equal(seen.image_tokens_PD, tokens)
@@ -121,10 +123,10 @@ def test_a_run_writes_what_the_refiner_saw(project, monkeypatch):
     assert (summary["image_width"], summary["detector_width"], summary["segmenter_width"]) == (3, 3, 2)
     assert summary["splits"]["web"]["images"] == 7 and summary["splits"]["web"]["objects"] == 6
     assert summary["splits"]["test"]["images_without_objects"] == 2
+    figures = ["box_recall", "box_precision", "recall", "precision", "tag_accuracy", "mask_iou"]
+    figures += ["box_ap", "box_ap50", "box_ap75", "box_ap_small", "mask_ap"]
     assert summary["quality"] == {
-        "test": dict.fromkeys(
-            ["box_recall", "box_precision", "recall", "precision", "tag_accuracy", "mask_iou"], pytest.approx(1.0)
-        )
+        "test": {**dict.fromkeys(figures, pytest.approx(1.0)), "box_ap_medium": None, "box_ap_large": None}
     }
 
 
@@ -190,7 +192,7 @@ def test_quality_counts_each_annotation_once():
         tags=("star", "star", "moon"),
         boxes_xyxy=((0, 0, 10, 10), (0, 0, 10, 9), (50, 50, 60, 60)),
         scores=(0.9, 0.8, 0.7),
-        masks=refine.encode_masks(np.zeros((3, 100, 100), bool)),
+        masks=masks.encode(np.zeros((3, 100, 100), bool)),
         spatial_text="",
         shard=0,
         row=0,
@@ -200,7 +202,8 @@ def test_quality_counts_each_annotation_once():
         Annotation(category="sun", box_xyxy=(50, 50, 60, 61)),
         Annotation(category="sun", box_xyxy=(80, 80, 90, 90)),
     )
-    assert quality.measure([(image, truth)]) == {
+    measured = quality.measure([(image, truth)])
+    assert {name: value for name, value in measured.items() if "_ap" not in name} == {
         "box_recall": 2 / 3,
         "box_precision": 2 / 3,
         "recall": 1 / 3,
@@ -208,5 +211,6 @@ def test_quality_counts_each_annotation_once():
         "tag_accuracy": 0.5,
         "mask_iou": None,
     }
+    assert measured["box_ap"] == pytest.approx(0.5) and measured["mask_ap"] is None  # stars 1, suns 0
     empty = dataclasses.replace(image, tags=(), boxes_xyxy=(), scores=(), masks=())
     assert quality.measure([(empty, ())])["precision"] is None

@@ -1,5 +1,6 @@
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyrics.refiner.spatial_text import clean_tag, format_box, format_objects, object_pieces, parse_box, parse_objects
@@ -34,6 +35,28 @@ def test_parsing_inverts_writing_up_to_rounding(coordinate_format, objects):
         assert max(abs(a - b) for a, b in zip(got, want, strict=True)) <= STEP[coordinate_format] / 2 + 2e-6
         assert parse_box(format_box(want, coordinate_format), coordinate_format) == got
     assert format_objects([t for t, _ in parsed], [b for _, b in parsed], coordinate_format) == text
+
+
+@pytest.mark.parametrize("coordinate_format", FORMATS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 300),
+    size=st.tuples(st.integers(1, 9000), st.integers(1, 9000)),
+)
+@settings(max_examples=20, deadline=None)
+def test_hundreds_of_boxes_of_a_picture_of_any_shape_come_back_in_order(coordinate_format, seed, count, size):
+    """As the refiner writes them: pixels of the picture, from a pixel to all of it."""
+    draw = np.random.default_rng(seed)
+    extent = np.array([*size, *size], np.float64)
+    ends = np.sort(draw.uniform(0, 1, (count, 2, 2)) ** draw.choice([0.1, 1, 10], (count, 1, 1)), axis=1)
+    boxes = (ends.reshape(count, 4) * extent).astype(np.float32)
+    boxes[::7] = extent  # the last corner, and
+    boxes[::11] = (0, 0, *size)  # the whole picture
+    tags = [f"thing {n % 40}" if n % 3 else f"{n}" for n in range(count)]
+    parsed = parse_objects(format_objects(tags, boxes / extent, coordinate_format), coordinate_format)
+    assert [tag for tag, _ in parsed] == tags
+    if count:
+        assert np.abs(np.array([box for _, box in parsed]) - boxes / extent).max() <= STEP[coordinate_format] / 2 + 2e-6
 
 
 @pytest.mark.parametrize("coordinate_format", FORMATS)
