@@ -54,7 +54,7 @@ def load(root: Path, seconds: float = 0.0, torch: bool = False) -> Callable[[Cho
 
 def do(seconds: float, torch: bool, chore: Chore) -> int:
     with (chore.root / "log").open("a") as log:
-        log.write(f"{chore.number} {os.getpid()}\n")
+        log.write(f"{chore.number} {os.getpid()} {os.getppid()}\n")
     time.sleep(seconds)
     _meet_fate(chore.root, str(chore.number))
     io.write_text(chore.result, f"{chore.number} {chore.number**2} {_threads() if torch else ''}")
@@ -93,3 +93,8 @@ def begun(root: Path) -> list[int]:
 def workers(root: Path) -> list[int]:
     """The process ids that have begun a shard, the last last."""
     return [int(line.split()[1]) for line in (root / "log").read_text().splitlines()]
+
+
+def parents(root: Path) -> list[int]:
+    """The parents of `workers`: for an actor the raylet of its node."""
+    return [int(line.split()[2]) for line in (root / "log").read_text().splitlines()]
