@@ -237,6 +237,23 @@ class Refine:
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
+class Engine:
+    """Who works on the shards of `refine`: `local` processes, or actors on a Ray cluster. Both give the same bytes.
+
+    `address`: HOST:PORT of a running cluster's head (ray only; None: a cluster on this machine, ended afterwards).
+    `gpus_per_worker`: 0 hides the GPUs from workers of ray, and leaves those of local what this process sees; a
+    fraction shares one. `retries`: how often a shard may fail, its worker's death included, before the run stops.
+    """
+
+    kind: Literal["local", "ray"]
+    address: str | None
+    workers: Count
+    threads_per_worker: Count
+    gpus_per_worker: Rate
+    retries: Amount
+
+
+@dataclass(frozen=True, kw_only=True, config=_FORBID)
 class MQFormer:
     """Sizes of MQ-Former (paper section 2). `cross_attention_every` layers carry cross-attention."""
 
@@ -388,6 +405,7 @@ class Config:
     seed: Amount
     device: str
     data: Data
+    engine: Engine
     world: World
     foundation: Foundation
     clean: Clean
@@ -436,6 +454,7 @@ def _check(config: Config) -> None:
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         raise InputError(f"device {config.device!r} is unknown; choices: auto, cpu, mps, cuda, cuda:NUMBER")
+    _check_engine(config.engine, config.device)
     if config.mq_former.hidden_size % config.mq_former.heads:
         raise InputError(
             f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads "
@@ -444,6 +463,24 @@ def _check(config: Config) -> None:
     if not config.mq_former.visual_queries + config.mq_former.grounding_queries:
         raise InputError(
             "mq_former.visual_queries and mq_former.grounding_queries are both 0; set at least one of them above 0"
+        )
+
+
+def _check_engine(engine: Engine, device: str) -> None:
+    if engine.address is not None and engine.kind != "ray":
+        raise InputError(f"engine.address is {engine.address} but engine.kind is {engine.kind}; set engine=ray")
+    if engine.address is not None and not re.fullmatch(r"[^:/\s]+:\d{1,5}", engine.address):
+        raise InputError(f"engine.address {engine.address!r} is not of the form HOST:PORT, e.g. 10.0.0.1:6379")
+    if engine.gpus_per_worker > 1 and not engine.gpus_per_worker.is_integer():
+        raise InputError(f"engine.gpus_per_worker is {engine.gpus_per_worker}; above 1 it must be a whole number")
+    if engine.gpus_per_worker and device not in ("auto", "cuda"):
+        raise InputError(
+            f"engine.gpus_per_worker is {engine.gpus_per_worker} but device is {device}; each worker sees its own GPUs "
+            "only, so set device to auto or cuda"
+        )
+    if engine.kind == "ray" and device.startswith("cuda") and not engine.gpus_per_worker:
+        raise InputError(
+            f"device is {device} but engine.gpus_per_worker is 0, which hides the GPUs from Ray's workers; set it to 1"
         )
 
 

@@ -98,6 +98,8 @@ def test_dvc_lists_the_keys_that_a_stage_reads(stage: str) -> None:
         for section, part in re.findall(r"\bconfig\.(\w+)(?:\.(\w+))?", (ROOT / file).read_text())
         if section in sections
     }
+    if "engine" in read:  # who does the work must not start it again; only threads may change the last bits
+        read = read - {"engine"} | {"engine.threads_per_worker"}
     described = dag.read(ROOT / "dvc.yaml")[stage]
     known = [
         *described.params["build/config.yaml"],

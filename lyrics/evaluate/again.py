@@ -95,17 +95,20 @@ def _refine(model: "Lyrics", name: str, split: "Split", folder: Path) -> "Refine
     from tqdm import tqdm
 
     from lyrics.refiner import features
-    from lyrics.refiner.refine import Frozen, refine_split
-    from lyrics.refiner.sources import Source
+    from lyrics.refiner.refine import Frozen, write_shard
 
     frozen = Frozen(encoder=model.encoder, refiner=model.refiner, device=model.model.device)
-    source = Source(name=name, images=split.images, samples=split.samples)
-    with tqdm(total=len(source.images), desc=f"refine {name}", unit="image") as progress:
-        refine_split(source, frozen, folder, progress)
+    size = model.refiner.settings.images_per_shard
+    with tqdm(total=len(split.images), desc=f"refine {name}", unit="image") as progress:
+        for number, start in enumerate(range(0, len(split.images), size)):
+            records, shard = split.images[start : start + size], features.shard_folder(folder, number)
+            if not shard.exists():
+                write_shard(frozen, records, number, shard)
+            progress.update(len(records))
     shards = sorted(folder.glob("shard-*"))
     features.write_images(
         folder / features.IMAGES_FILE,
         [i for shard in shards for i in features.read_images(shard / features.IMAGES_FILE)],
     )
-    features.write_samples(folder / features.SAMPLES_FILE, source.samples)
+    features.write_samples(folder / features.SAMPLES_FILE, split.samples)
     return features.RefinedSplit(folder)

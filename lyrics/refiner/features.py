@@ -5,10 +5,11 @@ detector_tokens.npy and segmenter_tokens.npy (n, max_objects, width; rows past a
 """
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ ARRAYS = ("image_tokens", "detector_tokens", "segmenter_tokens")
 IMAGES_FILE = "images.parquet"
 SAMPLES_FILE = "samples.parquet"
 _OPEN_SHARDS = 64  # each holds three file handles
+_ROWS_PER_GROUP = 1000
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 _IMAGE_SCHEMA = pa.schema(
@@ -109,8 +111,8 @@ def _save(folder: Path, name: str, array: np.ndarray) -> None:
         os.fsync(opened.fileno())
 
 
-def write_images(path: Path, images: Sequence[RefinedImage]) -> None:
-    _write_table(path, [vars(image) for image in images], _IMAGE_SCHEMA)
+def write_images(path: Path, images: Iterable[RefinedImage]) -> None:
+    _write_table(path, (vars(image) for image in images), _IMAGE_SCHEMA)
 
 
 def read_images(path: Path) -> list[RefinedImage]:
@@ -121,8 +123,8 @@ def read_images(path: Path) -> list[RefinedImage]:
     return [RefinedImage(**row) for row in rows]
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    _write_table(path, [vars(sample) for sample in samples], _SAMPLE_SCHEMA)
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    _write_table(path, (vars(sample) for sample in samples), _SAMPLE_SCHEMA)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -200,9 +202,12 @@ def _open_array(path: Path, rows: int) -> np.ndarray:
     return array
 
 
-def _write_table(path: Path, rows: list[dict], schema: pa.Schema) -> None:
-    with io.atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
+def _write_table(path: Path, rows: Iterable[dict], schema: pa.Schema) -> None:
+    """In groups of rows, so that a table of any length is written without being held."""
+    waiting = iter(rows)
+    with io.atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        while group := list(itertools.islice(waiting, _ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def _read_table(path: Path, schema: pa.Schema) -> list[dict]:

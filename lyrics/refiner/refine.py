@@ -3,33 +3,35 @@
 SPLIT/         images.parquet, samples.parquet, shard-00000/ … (see `features`), for web and each annotated split
 summary.json   counts, widths of the features, and agreement with the annotations where there are any
 
-A shard is written whole under its final name in the work folder, so that a killed run goes on after its last shard.
+The pictures are planned into shards, which an engine's workers do; each is written whole under its final name in the
+work folder, so that a killed run goes on with those that are absent. Then the driver puts them together, one at a time.
 """
 
 import dataclasses
-import math
+import functools
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from lyrics import io
+from lyrics import engine, io
+from lyrics.config import Foundation, Refine
 from lyrics.data.files import BadImageError
-from lyrics.data.records import ImageRecord
+from lyrics.data.records import Annotation, ImageRecord
 from lyrics.data.webdataset import open_image
 from lyrics.errors import InputError
 from lyrics.model.vision import ImageEncoder, load_image_encoder
-from lyrics.refiner import features, quality
+from lyrics.refiner import features, quality, shards
 from lyrics.refiner.ahead import ahead
 from lyrics.refiner.features import RefinedImage, Tokens
 from lyrics.refiner.refiner import RefinedObjects, Refiner, load_refiner
-from lyrics.refiner.sources import Source, read_sources
+from lyrics.refiner.shards import PlannedSplit, Shard
+from lyrics.refiner.sources import read_sources
 
 if TYPE_CHECKING:
     from lyrics.config import Config
@@ -50,67 +52,58 @@ class Frozen:
 
 
 def run(config: "Config", work: Path, tracker: "Tracker") -> None:
-    sources = read_sources()
-    device = _device(config.device)
-    frozen = Frozen(
-        encoder=load_image_encoder(FOUNDATION / "clip").to(device),
-        refiner=load_refiner(FOUNDATION, config.refine, config.foundation, device),
-        device=device,
-    )
-    started, computed = time.perf_counter(), 0
-    with tqdm(total=sum(len(s.images) for s in sources), desc="refine", unit="image") as progress:
-        for source in sources:
-            computed += refine_split(source, frozen, work / "splits" / source.name, progress)
-    seconds = time.perf_counter() - started
+    splits = shards.plan(read_sources, work, config.refine.images_per_shard)
+    for split in splits:
+        shards.forget_attempts(split)
+    load = functools.partial(load_worker, FOUNDATION, config.refine, config.foundation, config.device)
+    every = [shard for split in splits for shard in split.shards]
+    engine.run_shards(config.engine, load, every, done=_is_done, name="refine", tracker=tracker)
     out = work / "out"
     counts, agreement = {}, {}
-    for source in sources:
-        shards = math.ceil(len(source.images) / config.refine.images_per_shard)
-        refined = _publish(source, work / "splits" / source.name, shards, out)
-        counts[source.name] = _counts(refined, len(source.samples))
-        if any(image.annotations for image in source.images):
-            truth = (image.annotations for image in source.images)
-            agreement[source.name] = quality.measure(zip(refined, truth, strict=True))
+    for split in splits:
+        _publish(split, out / split.name)
+        counts[split.name] = _counts(split, out / split.name)
+        figures = quality.measure(_with_truth(split))
+        if figures["box_recall"] is not None:  # there are annotations
+            agreement[split.name] = figures
     summary = {
         "coordinate_format": config.refine.coordinate_format,
         "max_objects": config.refine.max_objects,
-        "patches": frozen.encoder.patches,
-        "image_width": frozen.encoder.width,
-        "detector_width": frozen.refiner.detector.width,
-        "segmenter_width": frozen.refiner.segmenter.width,
+        **_widths(every[0].folder),
         "splits": counts,
         "quality": agreement,
     }
     io.write_json(out / "summary.json", summary)
     tracker.log_metrics(_metrics(summary))
-    if computed:
-        tracker.log_metrics({"refine/images_per_s": computed / seconds})
     tracker.log_artifact(out / "summary.json")
 
 
-def refine_split(source: Source, frozen: Frozen, folder: Path, progress: tqdm) -> int:
-    """Write the shards of one split that are not there yet.
-
-    Returns:
-        The number of pictures that were computed now.
-    """
-    settings = frozen.refiner.settings
-    computed = 0
-    for number, start in enumerate(range(0, len(source.images), settings.images_per_shard)):
-        records = source.images[start : start + settings.images_per_shard]
-        shard = features.shard_folder(folder, number)
-        if not shard.exists():
-            refined, tokens = refine_shard(records, number, frozen, progress)
-            features.write_shard(shard, refined, tokens, settings.max_objects)
-            computed += len(records)
-        else:
-            progress.update(len(records))
-    return computed
+def load_worker(foundation: Path, settings: Refine, parts: Foundation, device: str) -> Callable[[Shard], int]:
+    """What each worker of an engine begins with: the frozen parts, in a function that does one shard."""
+    chosen = _device(device)
+    frozen = Frozen(
+        encoder=load_image_encoder(foundation / "clip").to(chosen),
+        refiner=load_refiner(foundation, settings, parts, chosen),
+        device=chosen,
+    )
+    return functools.partial(do_shard, frozen)
 
 
-def refine_shard(
-    records: Sequence[ImageRecord], shard: int, frozen: Frozen, progress: tqdm
-) -> tuple[list[RefinedImage], list[Tokens]]:
+def do_shard(frozen: Frozen, shard: Shard) -> int:
+    """Refine the planned pictures of one shard; returns how many there were."""
+    records = shard.records()
+    write_shard(frozen, records, shard.number, shard.folder)
+    return len(records)
+
+
+def write_shard(frozen: Frozen, records: Sequence[ImageRecord], number: int, folder: Path) -> None:
+    """Refine `records` into `folder`, which appears whole or not at all."""
+    refined, tokens = refine_shard(records, number, frozen)
+    with shards.attempt_at(folder) as own:
+        features.write_shard(own, refined, tokens, frozen.refiner.settings.max_objects)
+
+
+def refine_shard(records: Sequence[ImageRecord], shard: int, frozen: Frozen) -> tuple[list[RefinedImage], list[Tokens]]:
     """Rows and features of one shard, in the order of `records`."""
     size = frozen.refiner.settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
@@ -129,7 +122,6 @@ def refine_shard(
                     segmenter_tokens_ND=objects.segmenter_tokens_ND,
                 )
             )
-        progress.update(len(batch))
     return refined, tokens
 
 
@@ -162,33 +154,55 @@ def _decode(batch: Sequence[ImageRecord]) -> list[Image.Image]:
     return images
 
 
-def _publish(source: Source, folder: Path, shards: int, out: Path) -> list[RefinedImage]:
-    """Put a finished split together in `out`; the shards stay in the work folder until the stage has ended."""
-    images: list[RefinedImage] = []
-    destination = out / source.name
+def _is_done(shard: Shard) -> bool:
+    return shard.is_done
+
+
+def _publish(split: PlannedSplit, destination: Path) -> None:
+    """Put a finished split together; its shards stay in the work folder until the stage has ended."""
     destination.mkdir(parents=True, exist_ok=True)
-    for number in range(shards):
-        shard = features.shard_folder(folder, number)
-        images += features.read_images(shard / features.IMAGES_FILE)
+    for shard in split.shards:
         shutil.copytree(
-            shard,
-            destination / shard.name,
+            shard.folder,
+            destination / shard.folder.name,
             ignore=shutil.ignore_patterns(features.IMAGES_FILE),
             copy_function=lambda source, destination: io.link_or_copy(Path(source), Path(destination)),
         )
-    features.write_images(destination / features.IMAGES_FILE, images)
-    features.write_samples(destination / features.SAMPLES_FILE, source.samples)
-    return images
+    features.write_images(destination / features.IMAGES_FILE, _images(split))
+    io.link_or_copy(split.samples, destination / features.SAMPLES_FILE)
 
 
-def _counts(images: Sequence[RefinedImage], samples: int) -> dict[str, float]:
-    objects = sum(len(image.tags) for image in images)
+def _images(split: PlannedSplit) -> Iterator[RefinedImage]:
+    """One shard after the other is held."""
+    for shard in split.shards:
+        yield from shard.images()
+
+
+def _with_truth(split: PlannedSplit) -> Iterator[tuple[RefinedImage, Sequence[Annotation]]]:
+    for shard in split.shards:
+        truth = (record.annotations for record in shard.records())
+        yield from zip(shard.images(), truth, strict=True)
+
+
+def _counts(split: PlannedSplit, published: Path) -> dict[str, float]:
+    objects = [len(image.tags) for image in _images(split)]
     return {
-        "images": len(images),
-        "samples": samples,
-        "objects": objects,
-        "objects_per_image": round(objects / max(len(images), 1), 4),
-        "images_without_objects": sum(not image.tags for image in images),
+        "images": len(objects),
+        "samples": pq.read_metadata(published / features.SAMPLES_FILE).num_rows,
+        "objects": sum(objects),
+        "objects_per_image": round(sum(objects) / max(len(objects), 1), 4),
+        "images_without_objects": objects.count(0),
+    }
+
+
+def _widths(shard: Path) -> dict[str, int]:
+    """Widths of the features, as the first shard has them: the driver loads no model."""
+    shapes = {name: np.load(shard / f"{name}.npy", mmap_mode="r").shape for name in features.ARRAYS}
+    return {
+        "patches": shapes["image_tokens"][1],
+        "image_width": shapes["image_tokens"][2],
+        "detector_width": shapes["detector_tokens"][2],
+        "segmenter_width": shapes["segmenter_tokens"][2],
     }
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lyrics import io
+from lyrics.config import Engine
 from lyrics.data.records import Annotation
 from lyrics.data.webdataset import WebPair, open_image, write_tar
 from lyrics.errors import InputError
@@ -17,6 +18,7 @@ from lyrics.refiner import features, quality, refine
 from lyrics.refiner.features import RefinedSplit
 from lyrics.stage import NullTracker
 
+ONE_WORKER = Engine(kind="local", address=None, workers=1, threads_per_worker=1, gpus_per_worker=0, retries=0)
 SIZES = [(40, 20), (30, 30), (16, 64), (64, 48), (20, 20)]
 
 
@@ -81,7 +83,8 @@ def run(work, monkeypatch, encoder=None, refiner=None):
     monkeypatch.setattr(refine, "load_image_encoder", lambda folder: encoder)
     monkeypatch.setattr(refine, "load_refiner", lambda *_: refiner)
     work.mkdir(parents=True, exist_ok=True)
-    refine.run(SimpleNamespace(refine=refiner.settings, foundation=None, device="cpu"), work, NullTracker())
+    config = SimpleNamespace(refine=refiner.settings, foundation=None, device="cpu", engine=ONE_WORKER)
+    refine.run(config, work, NullTracker())
     return work / "out"
 
 
@@ -159,7 +162,7 @@ def test_the_oracle_reads_the_annotations_of_web_pairs(project, monkeypatch):
     rle = {"size": [30, 30], "counts": "abc"}
     meta = {"annotations": [{"category": "cat", "bbox": [1, 2, 3, 4], "rle": rle}]}
     write_tar(Path("data/clean/00000.tar"), [WebPair(key="a", image_bytes=png(picture(1)), caption="c", meta=meta)])
-    records = refine.read_sources()[0].images
+    records = list(next(refine.read_sources()).images)
     assert records[0].annotations == (Annotation(category="cat", box_xyxy=(1, 2, 4, 6), rle=rle),)
     assert records[1].annotations == ()
 
@@ -172,14 +175,14 @@ def test_bad_input_is_refused_by_name(project, monkeypatch):
 
 def test_repeated_keys_are_refused(project):
     write_tar(Path("data/clean/00002.tar"), [WebPair(key="w0", image_bytes=png(picture(1)), caption="c", meta={})])
-    with pytest.raises(InputError, match="keys more than once, first w0"):
-        refine.read_sources()
+    with pytest.raises(InputError, match="1 keys more than once, first w0"):
+        list(next(refine.read_sources()).images)
 
 
 def test_no_input_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="python -m lyrics ingest"):
-        refine.read_sources()
+        next(refine.read_sources())
 
 
 def test_quality_counts_each_annotation_once():
