@@ -211,6 +211,20 @@ def attend(
     print(f"({said.source}; {out})", file=sys.stderr)
 
 
+@app.command(rich_help_panel=USE)
+def inspect(
+    refined: Annotated[Path, typer.Argument(help="Refined data.")] = Path("data/refined"),
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/inspect"),
+    split: Annotated[list[str] | None, typer.Option(help="Only this split; may be given several times.")] = None,
+) -> None:
+    """Show what the refiner saw as a gallery: boxes, masks, tags and spatial text of every picture."""
+    from lyrics.inspect import inspect as write
+
+    gallery = write(refined, out, split or ())
+    gone = f"; {gallery.missing} could not be opened, their cards say why" if gallery.missing else ""
+    print(f"{gallery.images} pictures{gone}: {gallery.index}")
+
+
 def _check_picture(image: Path) -> None:
     """Before the model is imported, which takes seconds."""
     from lyrics.errors import InputError

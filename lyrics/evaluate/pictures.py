@@ -33,12 +33,15 @@ def data_uri(path: str | Path, max_side_px: int = _MAX_SIDE_PX) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
-def outline(counts: str, width: int, height: int) -> str:
-    """The SVG path around a mask given as compressed COCO counts, empty without one; in pixels of the image."""
+def outline(counts: str, width: int, height: int, points_per_side: int = 160) -> str:
+    """The SVG path around a mask given as compressed COCO counts, empty without one; in pixels of the image.
+
+    Points closer than `points_per_side` across the longer side are left out.
+    """
     mask = masks.decode(counts, height, width)
     padded = np.pad(mask.astype(np.float32), 1)  # so that outlines close at the edge
     lines = contourpy.contour_generator(z=padded).lines(0.5)
-    step = max(1, max(width, height) // 160)  # points closer than the eye sees are left out
+    step = max(1, max(width, height) // points_per_side)
     parts = []
     for line in lines:
         points = np.asarray(line)[:-1:step] - 0.5

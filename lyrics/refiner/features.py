@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +116,15 @@ def write_images(path: Path, images: Iterable[RefinedImage]) -> None:
 
 
 def read_images(path: Path) -> list[RefinedImage]:
-    rows = _read_table(path, _IMAGE_SCHEMA)
-    for row in rows:
+    return list(stream_images(path))
+
+
+def stream_images(path: Path) -> Iterator[RefinedImage]:
+    """The rows in order; a group of them is held."""
+    for row in _stream_table(path, _IMAGE_SCHEMA):
         row.update({key: tuple(row[key]) for key in ("captions", "tags", "scores", "masks")})
         row["boxes_xyxy"] = tuple(map(tuple, row["boxes_xyxy"]))
-    return [RefinedImage(**row) for row in rows]
+        yield RefinedImage(**row)
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
@@ -128,7 +132,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    rows = _read_table(path, _SAMPLE_SCHEMA)
+    rows = list(_stream_table(path, _SAMPLE_SCHEMA))
     for row in rows:
         row["references"] = tuple(row["references"])
         row["box_xyxy"] = tuple(row["box_xyxy"]) if row["box_xyxy"] is not None else None
@@ -210,9 +214,12 @@ def _write_table(path: Path, rows: Iterable[dict], schema: pa.Schema) -> None:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def _read_table(path: Path, schema: pa.Schema) -> list[dict]:
+def _stream_table(path: Path, schema: pa.Schema) -> Iterator[dict]:
     try:
-        table = pq.read_table(path, schema=schema)
+        with pq.ParquetFile(path) as table:
+            if missing := sorted(set(schema.names) - set(table.schema_arrow.names)):
+                raise pa.ArrowInvalid(f"no column {', '.join(missing)}")
+            for group in table.iter_batches(_ROWS_PER_GROUP, columns=schema.names):
+                yield from pa.Table.from_batches([group]).cast(schema).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read ({error}); make it again with: python -m lyrics refine") from None
-    return table.to_pylist()
