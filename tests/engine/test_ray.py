@@ -1,5 +1,6 @@
 """Ray for real: a cluster of two nodes' processes on this machine, a worker killed, a node lost, the driver killed."""
 
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -125,6 +126,34 @@ def test_ray_writes_the_same_bytes(cluster, pictures, monkeypatch):
     folder, expected = pictures
     monkeypatch.chdir(folder)
     assert same_bytes(refined(folder / "ray", kind="ray", address=cluster.address, workers=2), expected)
+
+
+@pytest.mark.soak
+def test_workers_killed_while_they_refine_leave_the_same_bytes(pictures, monkeypatch):
+    """One after each shard that is finished, so that some die loading, some computing, some writing."""
+    folder, expected = pictures
+    monkeypatch.chdir(folder)
+    stop, killed = threading.Event(), []
+
+    def kill() -> None:
+        seen = 0
+        while not stop.is_set():
+            finished = len(list((folder / "killed").glob("splits/*/shard-*")))
+            children = multiprocessing.active_children()
+            if finished > seen and children:
+                seen = finished
+                killed.append(children[0].pid)
+                children[0].kill()
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        assert same_bytes(refined(folder / "killed", workers=2, retries=20), expected)
+    finally:
+        stop.set()
+        killer.join()
+    assert len(set(killed)) >= 3
 
 
 @needs_ray
