@@ -20,6 +20,7 @@ import psutil
 
 from lyrics.engine_worker import Failure, WorkerLostError
 from lyrics.errors import InputError, RetryableError
+from lyrics.process import end_with_me
 
 if TYPE_CHECKING:
     from lyrics.config import Engine
@@ -127,8 +128,18 @@ def _cluster(settings: "Engine") -> Iterator[ModuleType]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())
             raise RetryableError(f"Ray at {settings.address or 'this machine'} cannot be used: {said[:500]}") from None
+        if settings.address is None:
+            _guard_agents()
         _check_room(ray, settings)
         yield ray
+
+
+def _guard_agents() -> None:
+    """Should this process be killed, the kernel ends Ray's daemons with it, but not the agents that they started."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "agent" in " ".join(process.cmdline()).lower():
+                end_with_me(process)
 
 
 def _import_ray(own_cluster: bool) -> ModuleType:

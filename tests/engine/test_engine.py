@@ -16,10 +16,13 @@ import pytest
 from chores import Chore
 
 from lyrics import engine_processes
+from lyrics.compose import preview
 from lyrics.engine import run_shards
 from lyrics.errors import InputError, RetryableError
 from lyrics.stage import NullTracker, is_full_disk
 
+PARAMS = Path(__file__).parents[2] / "params"
+KINDS = [file.stem for file in (PARAMS / "engine").iterdir()]
 COUNT = 6
 one_or_two = pytest.mark.parametrize("workers", [1, 2])
 
@@ -244,3 +247,26 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(InputError, match="ask for GPU number 2, but this machine has 1"):
         engine_processes.gpus_of(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (["engine.address=a:1"], r"engine.address is a:1 but engine.kind is local; set engine=ray"),
+        (["engine=ray", "engine.address=ray://a"], r"'ray://a' is not of the form HOST:PORT"),
+        (["engine.gpus_per_worker=1.5"], "above 1 it must be a whole number"),
+        (["engine.gpus_per_worker=1", "device=cpu"], "engine.gpus_per_worker is 1.0 but device is cpu"),
+        (["engine=ray", "device=cuda"], "which hides the GPUs from Ray's workers; set it to 1"),
+        (["engine.workers=0"], r"engine\.workers: Input should be greater than or equal to 1"),
+        (["engine=spark"], "engine 'spark' in .* is unknown; choices: local, ray"),
+    ],
+)
+def test_engines_that_contradict_themselves_are_refused(choices, said):
+    with pytest.raises(InputError, match=said):
+        preview(choices, PARAMS / "run.yaml")
+
+
+def test_both_engines_have_the_same_threads():
+    """Else a choice of engine would change bytes, and run stages again."""
+    threads = {preview([f"engine={kind}"], PARAMS / "run.yaml")["engine"]["threads_per_worker"] for kind in KINDS}
+    assert len(KINDS) == 2 and len(threads) == 1

@@ -1,5 +1,6 @@
 """Ray for real: a cluster of two nodes' processes on this machine, a worker killed, a node lost, the driver killed."""
 
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -15,11 +16,14 @@ from pathlib import Path
 import chores
 import psutil
 import pytest
+import small_pictures
 import test_engine
 from test_engine import fated, results, run
 
 from lyrics import engine_ray
 from lyrics.errors import InputError, RetryableError
+from lyrics.refiner import refine
+from lyrics.stage import NullTracker
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 # Ray is not imported here: it reads its environment when it is, and the cluster below makes that.
@@ -88,6 +92,70 @@ def test_bad_input_and_a_shard_that_always_kills(cluster, tmp_path):
         run(tmp_path, kind="ray", address=cluster.address, workers=1, retries=1)
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A project, and what `refine` writes there in this process alone."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small_pictures.make(folder)
+        return folder, refined(folder / "alone", workers=1)
+
+
+def refined(work: Path, **engine: object) -> dict[str, bytes]:
+    """Every file that `refine` writes, by its name."""
+    work.mkdir()
+    refine.run(small_pictures.configuration(threads_per_worker=1, **engine), work, NullTracker())
+    files = [path for path in sorted((work / "out").rglob("*")) if path.is_file()]
+    return {path.relative_to(work / "out").as_posix(): path.read_bytes() for path in files}
+
+
+def same_bytes(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    assert len(expected) == 6 * 3 + 2 * 3 + 2 * 2 + 1  # web and test: shards' arrays, tables, and the summary
+    return found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected)
+
+
+def test_processes_write_the_same_bytes(pictures, monkeypatch):
+    folder, expected = pictures
+    monkeypatch.chdir(folder)
+    assert same_bytes(refined(folder / "processes", workers=2), expected)
+
+
+@needs_ray
+def test_ray_writes_the_same_bytes(cluster, pictures, monkeypatch):
+    folder, expected = pictures
+    monkeypatch.chdir(folder)
+    assert same_bytes(refined(folder / "ray", kind="ray", address=cluster.address, workers=2), expected)
+
+
+@pytest.mark.soak
+def test_workers_killed_while_they_refine_leave_the_same_bytes(pictures, monkeypatch):
+    """One after each shard that is finished, so that some die loading, some computing, some writing."""
+    folder, expected = pictures
+    monkeypatch.chdir(folder)
+    stop, killed = threading.Event(), []
+
+    def kill() -> None:
+        seen = 0
+        while not stop.is_set():
+            finished = len(list((folder / "killed").glob("splits/*/shard-*")))
+            children = multiprocessing.active_children()
+            if finished > seen and children:
+                seen = finished
+                killed.append(children[0].pid)
+                children[0].kill()
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        assert same_bytes(refined(folder / "killed", workers=2, retries=20), expected)
+    finally:
+        stop.set()
+        killer.join()
+    assert len(set(killed)) >= 3
+
+
 @needs_ray
 @pytest.mark.soak
 def test_a_node_lost_in_a_shard(cluster, tmp_path):
@@ -100,11 +168,13 @@ def test_a_node_lost_in_a_shard(cluster, tmp_path):
 
 
 def driver(root: Path, code: str, **variables: str) -> subprocess.Popen:
+    """A process that runs `code`; with `variables` it knows nothing of the cluster above."""
     script = root / "driver.py"
     script.write_text(
         f"import sys\nfrom pathlib import Path\nimport test_engine\nif __name__ == '__main__':\n    {code}"
     )
-    environment = {**os.environ, "PYTHONPATH": PATHS, **variables}
+    inherited = {name: value for name, value in os.environ.items() if not (variables and name.startswith("RAY_"))}
+    environment = {**inherited, "PYTHONPATH": PATHS, **variables}
     return subprocess.Popen([sys.executable, str(script), str(root)], env=environment)
 
 
@@ -155,9 +225,6 @@ def test_a_cluster_of_our_own_leaves_nothing_behind(tmp_path, killed):
     chores.chores(tmp_path, 0)
     (tmp_path / "log").touch()
     code = "test_engine.run(Path(sys.argv[1]), kind='ray', workers=2, seconds=1.0, count=8)"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    hidden = dict.fromkeys(set(os.environ) - set(clean), "")
-    assert not hidden
     try:
         with driver(tmp_path, code, HOME=str(home), TMPDIR=str(temporary)) as process:
             while len(chores.begun(tmp_path)) < 3:
