@@ -4,8 +4,9 @@
 ledger.parquet  one row a pair, kept or not: key, shard, kept, reason, detail
 report.json     counts, examples and, where the truth is known, precision and recall
 
-Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Duplicates are sought
-among the pairs that passed every earlier filter, mismatches among what is then left.
+Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Pictures that look like
+one of a split that measures have leaked from it; these and duplicates are sought among the pairs that passed every
+earlier filter, mismatches among what is then left.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from lyrics import io
 from lyrics.data import clean_report, files, filters
 from lyrics.data.formats import ABSENT
+from lyrics.data.pictures import EVALUATED
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
     from lyrics.config import Clean, Config
     from lyrics.stage import Tracker
 
-WEB = Path("data/raw/web")
-TRUTH = Path("data/raw/web_truth.parquet")
+RAW = Path("data/raw")
+WEB = RAW / "web"
+TRUTH = RAW / "web_truth.parquet"
 CLIP = Path("models/foundation/clip")
 MIN_COMPARED = 20  # with fewer other captions a rank says too little to drop a pair
 _BATCH = 64
@@ -46,6 +49,7 @@ _LEDGER_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
+_HELD_OUT_SCHEMA = pa.schema([("name", pa.string()), ("hash", pa.string())])
 _VERDICT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")])
 
 
@@ -104,7 +108,9 @@ def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, wo
         tar: _judge_shard(work / "judged" / f"{tar.stem}.parquet", tar, settings)
         for tar in tqdm(shards, "clean: pictures and captions")
     }
-    mark_duplicates((verdict for tar in shards for verdict in judged[tar]), settings.duplicate_hamming_bits)
+    index = filters.DuplicateIndex(settings.duplicate_hamming_bits)
+    held_out = _add_held_out(index, work / "held_out.parquet")
+    mark_duplicates((verdict for tar in shards for verdict in judged[tar]), index)
     not_checked = 0
     for tar in tqdm(shards, "clean: picture against caption"):
         left = [verdict for verdict in judged[tar] if not verdict.reason]
@@ -124,7 +130,7 @@ def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, wo
         for v in judged[tar]
     ]
     captions = [v.caption for tar in shards for v in judged[tar]]
-    return ledger, clean_report.summary(ledger, captions, {"mismatched": not_checked})
+    return ledger, clean_report.summary(ledger, captions, {"mismatched": not_checked}) | {"held_out": held_out}
 
 
 def judge(pair: WebPair, settings: "Clean") -> Verdict:
@@ -145,13 +151,38 @@ def judge(pair: WebPair, settings: "Clean") -> Verdict:
     return verdict
 
 
-def mark_duplicates(verdicts: Iterable[Verdict], max_bits: int) -> None:
-    """Of pictures that look alike the first in file order stays."""
-    index = filters.DuplicateIndex(max_bits)
+def mark_duplicates(verdicts: Iterable[Verdict], index: filters.DuplicateIndex) -> None:
+    """Of pictures that look alike the first in file order stays, and none that looks like one already in the index."""
+    held_out = len(index)
     for verdict in verdicts:
-        if not verdict.reason:
-            original = index.find_or_add(verdict.key, verdict.hash)
-            verdict.drop("duplicate", original and f"of {original}")
+        if verdict.reason:
+            continue
+        original = index.find(verdict.hash)
+        if original is None:
+            index.add(verdict.key, verdict.hash)
+        else:
+            verdict.drop("leaked" if original < held_out else "duplicate", f"of {index.name(original)}")
+
+
+def _add_held_out(index: filters.DuplicateIndex, path: Path) -> dict[str, int]:
+    """Put the pictures of the splits that measure into the index; how many each has. Remembered in `path`."""
+    if not path.exists():
+        rows = ({"name": name, "hash": filters.perceptual_hash(image)} for name, image in _held_out_pictures())
+        _write(path, list(rows), _HELD_OUT_SCHEMA)
+    counts = dict.fromkeys(EVALUATED, 0)
+    for row in pq.read_table(path).to_pylist():
+        index.add(row["name"], row["hash"])
+        counts[row["name"].partition("/")[0]] += 1
+    return counts
+
+
+def _held_out_pictures() -> Iterator[tuple[str, Image.Image]]:
+    names = [path for split in EVALUATED for path in sorted((RAW / split / "images").glob("*"))]
+    for path in tqdm(names, "clean: pictures of val and test"):
+        try:
+            yield f"{path.parent.parent.name}/{path.name}", files.decode(path)
+        except files.BadImageError as error:
+            raise InputError(f"{path} cannot be compared with the web: {error}; make it again with: ingest") from None
 
 
 def _load_encoder(config: "Config") -> Encoder | None:

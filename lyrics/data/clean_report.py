@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-REASONS = ("broken", "tiny", "extreme", "boilerplate", "length", "language", "duplicate", "mismatched")
+REASONS = ("broken", "tiny", "extreme", "boilerplate", "length", "language", "leaked", "duplicate", "mismatched")
 _EXAMPLES = 8
 
 

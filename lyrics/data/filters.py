@@ -3,9 +3,9 @@
 A filter returns None for a pair that may stay, else a detail for the ledger: what it saw.
 """
 
+import array
 import functools
 import re
-from collections import defaultdict
 
 import imagehash
 import numpy as np
@@ -14,6 +14,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 HASH_SIDE = 16
 HASH_BITS = HASH_SIDE * HASH_SIDE
+_BAND_BITS = 20
 # Against all of its 139 languages the identifier often mistakes a three-word caption for a small relative of English.
 COMMON_LANGUAGES = (
     *("ar", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it"),
@@ -91,41 +92,79 @@ def perceptual_hash(image: Image.Image) -> str:
 
 
 class DuplicateIndex:
-    """Finds the first earlier picture whose hash differs in at most `max_bits` bits.
+    """Finds the first picture added whose hash differs in at most `max_bits` bits.
 
-    The hash is cut into `max_bits + 1` bands: two hashes that close agree in at least one band wholly, so only pictures
-    that share a band are compared.
+    The hash is cut into so many bands that two hashes that close differ in at most one bit of at least one band. So only
+    pictures are compared that share a band up to one bit; at twenty bits a band these are few even among millions.
+    For each picture its hash, its place in the chains of its bands and its name are held: some 130 bytes.
     """
 
     def __init__(self, max_bits: int) -> None:
         if not 0 <= max_bits < HASH_BITS // 8:
             raise ValueError(f"max_bits is {max_bits}; from {HASH_BITS // 8} of {HASH_BITS} on, bands say nothing")
-        edges = np.linspace(0, HASH_BITS, max_bits + 2).astype(int)
-        self._bands = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+        edges = np.linspace(0, HASH_BITS, max_bits // 2 + 2).astype(int)
+        self._starts: list[int] = edges[:-1].tolist()
+        widths = np.minimum(np.diff(edges), _BAND_BITS).tolist()
+        self._masks = [(1 << width) - 1 for width in widths]
+        flips = [(band, flip) for band, width in enumerate(widths) for flip in (0, *(1 << bit for bit in range(width)))]
+        self._probe_bands, self._probe_flips = np.array(flips).T
         self._max_bits = max_bits
-        self._buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        self._names: list[str] = []
+        self._heads = np.zeros((len(widths), 1 << _BAND_BITS), np.int32)  # the last picture of a chain, from 1
+        self._earlier = np.zeros((1024, len(widths)), np.int32)  # the one before it
         self._hashes = np.zeros((1024, HASH_BITS // 64), np.uint64)
+        self._names = bytearray()
+        self._name_ends = array.array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._name_ends) - 1
+
+    def find(self, hash_hex: str) -> int | None:
+        """The number, in order of adding, of the first picture that looks like this."""
+        at = self._heads[self._probe_bands, self._keys(hash_hex)[self._probe_bands] ^ self._probe_flips]
+        bands = self._probe_bands
+        near = []
+        while (alive := at > 0).any():
+            at, bands = at[alive] - 1, bands[alive]
+            near.append(at)
+            at = self._earlier[at, bands]
+        if not near:
+            return None
+        numbers = np.unique(np.concatenate(near))
+        distances = np.bitwise_count(self._hashes[numbers] ^ _words(hash_hex)).sum(1)
+        within = numbers[distances <= self._max_bits]
+        return int(within[0]) if within.size else None
+
+    def add(self, name: str, hash_hex: str) -> None:
+        number = len(self)
+        if number == len(self._hashes):
+            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
+            self._earlier = np.concatenate([self._earlier, np.zeros_like(self._earlier)])
+        bands, keys = np.arange(len(self._starts)), self._keys(hash_hex)
+        self._earlier[number] = self._heads[bands, keys]
+        self._heads[bands, keys] = number + 1
+        self._hashes[number] = _words(hash_hex)
+        self._names += name.encode("utf-8", "surrogatepass")
+        self._name_ends.append(len(self._names))
+
+    def name(self, number: int) -> str:
+        start, end = self._name_ends[number : number + 2]
+        return self._names[start:end].decode("utf-8", "surrogatepass")
 
     def find_or_add(self, name: str, hash_hex: str) -> str | None:
         """The name of the picture that this one repeats; None for a new one, which is remembered."""
-        value = int(hash_hex, 16)
-        keys = [(band, value >> start & (1 << stop - start) - 1) for band, (start, stop) in enumerate(self._bands)]
-        words = np.frombuffer(bytes.fromhex(hash_hex), np.uint64)
-        near = sorted({index for key in keys for index in self._buckets.get(key, ())})
-        if near:
-            distances = np.bitwise_count(self._hashes[near] ^ words).sum(1)
-            within = np.flatnonzero(distances <= self._max_bits)
-            if within.size:
-                return self._names[near[within[0]]]
-        index = len(self._names)
-        if index == len(self._hashes):
-            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
-        self._names.append(name)
-        self._hashes[index] = words
-        for key in keys:
-            self._buckets[key].append(index)
+        original = self.find(hash_hex)
+        if original is not None:
+            return self.name(original)
+        self.add(name, hash_hex)
         return None
+
+    def _keys(self, hash_hex: str) -> np.ndarray:
+        value = int(hash_hex, 16)
+        return np.array([value >> start & mask for start, mask in zip(self._starts, self._masks, strict=True)])
+
+
+def _words(hash_hex: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(hash_hex), np.uint64)
 
 
 def better_captions(image_embeddings_NE: np.ndarray, text_embeddings_NE: np.ndarray) -> np.ndarray:

@@ -56,6 +56,14 @@ def jpeg(seed, size=(64, 64)):
     return buffer.getvalue()
 
 
+def again(content, scale=0.9, quality=70, form="JPEG"):
+    """The same picture as another site would serve it."""
+    image = Image.open(stdio.BytesIO(content))
+    buffer = stdio.BytesIO()
+    image.resize((round(image.width * scale), round(image.height * scale))).save(buffer, form, quality=quality)
+    return buffer.getvalue()
+
+
 def pair(key, content, caption):
     return WebPair(key=key, image_bytes=content, caption=caption, meta={"url": "u", "width": 64, "height": 64})
 
@@ -72,10 +80,12 @@ def web(tmp_path, monkeypatch):
         "boilerplate": pair("b3", jpeg(63), "Click here to see n63"),
         "length": pair("b4", jpeg(64), "One"),
         "language": pair("b5", jpeg(65), "Ein n65 schönes Bild auf dunklem Grund."),
+        "leaked": pair("b8", again(jpeg(67)), "Picture n67 is one of val."),
         "duplicate": pair("b6", jpeg(7), "Picture n7 is a copy."),
         "mismatched": pair("b7", jpeg(2), "Picture n59 is not this."),
     }
     bad["mismatched"] = pair("b7", jpeg(66), "Picture n2 is not this.")
+    io.write_bytes(Path("data/raw/val/images/000000000001.jpg"), jpeg(67))
     write_tar(Path("data/raw/web/00000.tar"), good[: GOOD // 2])
     write_tar(Path("data/raw/web/00001.tar"), good[GOOD // 2 :] + list(bad.values()))
     truth = [{"key": p.key, "dirt": "clean"} for p in good] + [{"key": p.key, "dirt": r} for r, p in bad.items()]
@@ -102,6 +112,7 @@ def test_every_kind_of_dirt_is_dropped_for_its_reason(web, monkeypatch):
     dropped = [row["reason"] for row in ledger.values() if not row["kept"]]
     assert dropped == list(clean_report.REASONS)
     assert ledger["b6"]["detail"] == "of g07" and ledger["b6"]["shard"] == "00001.tar"
+    assert ledger["b8"]["detail"] == "of val/000000000001.jpg"
     kept = [p for tar in sorted(out.glob("*.tar")) for p in read_pairs(tar)]
     raw = {p.key: p for tar in sorted(Path("data/raw/web").glob("*.tar")) for p in read_pairs(tar)}
     assert [p.key for p in kept] == [f"g{n:02d}" for n in range(GOOD)]
@@ -110,12 +121,39 @@ def test_every_kind_of_dirt_is_dropped_for_its_reason(web, monkeypatch):
 
 def test_the_report_counts_and_scores(web, monkeypatch):
     report = io.read_json(run(web / "work", monkeypatch, FakeEncoder()) / "report.json")
-    assert report["pairs"] == GOOD + 8 and report["kept"] == GOOD
+    assert report["held_out"] == {"test": 0, "test_ood": 0, "val": 1}
+    assert report["pairs"] == GOOD + len(clean_report.REASONS) and report["kept"] == GOOD
     assert report["dropped"] == dict.fromkeys(clean_report.REASONS, 1) and report["not_checked"] == {"mismatched": 0}
-    assert report["score"]["precision"] == 1.0 and report["score"]["recall"] == pytest.approx(8 / 9)
+    assert report["score"]["precision"] == 1.0 and report["score"]["recall"] == pytest.approx(9 / 10)
     assert report["score"]["reasons"]["mismatched"]["recall"] == 0.5
     assert report["examples"]["language"][0]["caption"].startswith("Ein")
     assert clean_report.metrics(report)["clean/dropped_tiny"] == 1
+
+
+def test_pictures_of_every_split_that_measures_are_found_again_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forms = [(1.0, 95, "PNG"), (1.0, 40, "JPEG"), (0.8, 70, "JPEG"), (1.5, 85, "JPEG"), (2.0, 80, "WEBP")]
+    planted, pairs = {}, [pair(f"own{n}", jpeg(n), f"Picture n{n} is a good one.") for n in range(20)]
+    for s, split in enumerate(("val", "test", "test_ood", "instruct")):
+        for n, form in enumerate(forms):
+            content = jpeg(30 + 10 * s + n, (96, 96))
+            io.write_bytes(Path(f"data/raw/{split}/images/{n}.jpg"), content)
+            pairs.append(pair(f"{split}{n}", again(content, *form), "Picture n1 is here again."))
+            planted[f"{split}{n}"] = "" if split == "instruct" else f"of {split}/{n}.jpg"
+    write_tar(Path("data/raw/web/00000.tar"), pairs)
+    rows = pq.read_table(run(tmp_path / "work", monkeypatch, None) / "ledger.parquet").to_pylist()
+    leaked = {row["key"]: row["detail"] for row in rows if row["reason"] == "leaked"}
+    assert leaked == {key: detail for key, detail in planted.items() if detail}
+    assert all(row["kept"] for row in rows if row["key"] not in leaked)
+
+
+def test_a_damaged_picture_of_val_stops_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tar(Path("data/raw/web/00000.tar"), [pair("a", jpeg(1), "A star.")])
+    io.write_bytes(Path("data/raw/val/images/a.jpg"), jpeg(2)[:-200])
+    with pytest.raises(InputError, match=r"val/images/a\.jpg cannot be compared"):
+        run(tmp_path / "work", monkeypatch, None)
+    assert not (tmp_path / "work/out").exists()
 
 
 def test_without_an_image_text_model_mismatches_are_counted_as_not_checked(web, monkeypatch):
