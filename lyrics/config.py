@@ -214,6 +214,8 @@ class Foundation:
 class Clean:
     """Filters of web pairs; each names the reason it drops for.
 
+    `max_repetition`: share of a caption's neighbouring pairs of words that were there before in it.
+    `drop_unsafe_words`: those of params/unsafe_words.txt. `repair_encodings`: captions such as `cafÃ©` are mended.
     `duplicate_hamming_bits`: of 256 bits of perceptual hash. `min_english_probability` is low because three words tell
     little. `max_better_captions`: share of other captions that may fit the picture better than its own (None: not
     checked).
@@ -221,9 +223,13 @@ class Clean:
 
     min_side_px: Amount
     max_aspect_ratio: Positive
+    drop_animated: bool
     duplicate_hamming_bits: Amount
     min_words: Amount
     max_words: Count
+    max_repetition: Fraction
+    repair_encodings: bool
+    drop_unsafe_words: bool
     min_english_probability: Fraction
     max_better_captions: Fraction | None
 

@@ -1,7 +1,7 @@
 """Clean (pipeline stage): drop web pairs that teach nothing or teach wrongly, each with its reason.
 
 00000.tar …     the kept pairs, as img2dataset lays them out
-ledger.parquet  one row a pair, kept or not: key, shard, kept, reason, detail
+ledger.parquet  one row a pair, kept or not: key, shard, kept, reason, detail, whether its caption was repaired
 report.json     counts, examples and, where the truth is known, precision and recall
 
 Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Pictures that look like
@@ -11,6 +11,7 @@ earlier filter, mismatches among what is then left.
 
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 RAW = Path("data/raw")
 WEB = RAW / "web"
+UNSAFE_WORDS = Path("params/unsafe_words.txt")
 TRUTH = RAW / "web_truth.parquet"
 CLIP = Path("models/foundation/clip")
 MIN_COMPARED = 20  # with fewer other captions a rank says too little to drop a pair
@@ -47,10 +49,13 @@ _LEDGER_SCHEMA = pa.schema(
         ("kept", pa.bool_()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("repaired", pa.bool_()),
     ]
 )
 _HELD_OUT_SCHEMA = pa.schema([("name", pa.string()), ("hash", pa.string())])
-_VERDICT_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")])
+_VERDICT_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")] + [("repaired", pa.bool_())]
+)
 
 
 class Encoder(Protocol):
@@ -69,6 +74,7 @@ class Verdict:
     reason: str = ""
     detail: str = ""
     hash: str = ""
+    repaired: bool = False  # the caption is not the stored one, but that one in its right encoding
 
     def drop(self, reason: str, detail: str | None) -> None:
         if detail is not None and not self.reason:
@@ -79,9 +85,10 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     shards = sorted(WEB.glob("*.tar"))
     if not shards and not (WEB / ABSENT).exists():
         raise InputError(f"{WEB} holds no .tar with pairs; make them with: python -m lyrics ingest")
+    unsafe = read_words(UNSAFE_WORDS) if config.clean.drop_unsafe_words else []
     encoder = _load_encoder(config)
     started = time.perf_counter()
-    ledger, report = clean(shards, config.clean, encoder, work)
+    ledger, report = clean(shards, config.clean, encoder, work, unsafe)
     seconds = time.perf_counter() - started
     if TRUTH.exists():  # read only now: every decision is made
         report["score"] = clean_report.score(ledger, clean_report.read_truth(TRUTH))
@@ -95,17 +102,20 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     tracker.log_artifact(out / "report.json")
 
 
-def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, work: Path) -> tuple[list[dict], dict]:
+def clean(
+    shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, work: Path, unsafe: Sequence[str] = ()
+) -> tuple[list[dict], dict]:
     """Judge all pairs and write the kept ones to `work/kept`; a shard that an earlier run finished is not done again.
 
     Args:
         encoder: None where there is no image–text model: mismatches are then not checked, and counted so.
+        unsafe: words and phrases that no kept caption has.
 
     Returns:
         The ledger's rows and the report.
     """
     judged = {
-        tar: _judge_shard(work / "judged" / f"{tar.stem}.parquet", tar, settings)
+        tar: _judge_shard(work / "judged" / f"{tar.stem}.parquet", tar, settings, unsafe)
         for tar in tqdm(shards, "clean: pictures and captions")
     }
     index = filters.DuplicateIndex(settings.duplicate_hamming_bits)
@@ -126,6 +136,7 @@ def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, wo
             write_tar(destination, _undropped(tar, judged[tar]))
     ledger = [
         {"key": v.key, "shard": tar.name, "kept": not v.reason, "reason": v.reason, "detail": v.detail}
+        | {"repaired": v.repaired}
         for tar in shards
         for v in judged[tar]
     ]
@@ -133,18 +144,42 @@ def clean(shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, wo
     return ledger, clean_report.summary(ledger, captions, {"mismatched": not_checked}) | {"held_out": held_out}
 
 
-def judge(pair: WebPair, settings: "Clean") -> Verdict:
-    caption = (pair.caption or "").strip()
-    verdict = Verdict(key=pair.key, caption=caption)
+def read_words(path: Path) -> list[str]:
+    """One word or phrase a line; blank lines and those that begin with # are left out.
+
+    Raises:
+        InputError: if there is no such text file.
+    """
     try:
-        image = files.decode(pair.image_bytes or b"")
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is no readable list, a word a line ({error}); write one, or set clean.drop_unsafe_words=false"
+        ) from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def judge(pair: WebPair, settings: "Clean", unsafe: re.Pattern[str] | None = None) -> Verdict:
+    """What a pair tells by itself. Args: unsafe: finds words that no kept caption has."""
+    stored = (pair.caption or "").strip()
+    caption = filters.repaired(stored) if settings.repair_encodings else stored
+    verdict = Verdict(key=pair.key, caption=caption, repaired=caption != stored)
+    content = pair.image_bytes or b""
+    try:
+        image = files.decode(content)
+        animated = filters.animated(content) if settings.drop_animated else None
     except files.BadImageError as error:
+        verdict.drop("truncated", filters.truncated(content))
         verdict.drop("broken", str(error))
         return verdict
+    verdict.drop("animated", animated)
     verdict.drop("tiny", filters.tiny(*image.size, settings.min_side_px))
     verdict.drop("extreme", filters.extreme(*image.size, settings.max_aspect_ratio))
+    verdict.drop("unsafe", filters.unsafe(caption, unsafe))
     verdict.drop("boilerplate", filters.boilerplate(caption))
     verdict.drop("length", filters.length(caption, settings.min_words, settings.max_words))
+    verdict.drop("repetition", filters.repetition(caption, settings.max_repetition))
+    verdict.drop("encoding", filters.encoding(caption))
     verdict.drop("language", filters.language(caption, settings.min_english_probability))
     if not verdict.reason:
         verdict.hash = filters.perceptual_hash(image)
@@ -194,13 +229,17 @@ def _load_encoder(config: "Config") -> Encoder | None:
 
 
 def _undropped(tar: Path, verdicts: Sequence[Verdict]) -> Iterator[WebPair]:
-    return (pair for pair, verdict in zip(read_pairs(tar), verdicts, strict=True) if not verdict.reason)
+    """The pairs of a shard that are still in, with their captions in the right encoding."""
+    for pair, verdict in zip(read_pairs(tar), verdicts, strict=True):
+        if not verdict.reason:
+            yield dataclasses.replace(pair, caption=verdict.caption) if verdict.repaired else pair
 
 
-def _judge_shard(path: Path, tar: Path, settings: "Clean") -> list[Verdict]:
+def _judge_shard(path: Path, tar: Path, settings: "Clean", unsafe: Sequence[str]) -> list[Verdict]:
     """What each pair of a shard tells by itself; remembered in `path`."""
     if not path.exists():
-        _write(path, [vars(judge(pair, settings)) for pair in read_pairs(tar)], _VERDICT_SCHEMA)
+        pattern = filters.word_pattern(unsafe)
+        _write(path, [vars(judge(pair, settings, pattern)) for pair in read_pairs(tar)], _VERDICT_SCHEMA)
     return [Verdict(**row) for row in pq.read_table(path).to_pylist()]
 
 

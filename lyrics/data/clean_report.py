@@ -7,7 +7,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-REASONS = ("broken", "tiny", "extreme", "boilerplate", "length", "language", "leaked", "duplicate", "mismatched")
+REASONS = (
+    *("broken", "truncated", "animated", "tiny", "extreme"),
+    *("unsafe", "boilerplate", "length", "repetition", "encoding", "language"),
+    *("leaked", "duplicate", "mismatched"),
+)
+# Reasons that name a kind of dirt: a file that stops early is known as broken too.
+NAMES = {reason: (reason,) for reason in REASONS} | {"broken": ("broken", "truncated")}
 _EXAMPLES = 8
 
 
@@ -23,6 +29,7 @@ def summary(ledger: Sequence[dict], captions: Sequence[str], not_checked: dict[s
         "pairs": len(ledger),
         "kept": sum(row["kept"] for row in ledger),
         "dropped": {reason: dropped[reason] for reason in REASONS},
+        "repaired": sum(row["repaired"] and row["kept"] for row in ledger),
         "not_checked": not_checked,
         "examples": examples,
         "score": None,
@@ -49,7 +56,7 @@ def score(ledger: Sequence[dict], dirt: dict[str, str]) -> dict[str, Any]:
         reasons[reason] = {
             "precision": _share(key in dirty for key in for_it),
             "recall": _share(key in dropped for key in of_it),
-            "named": _share(dropped.get(key) == reason for key in of_it),
+            "named": _share(dropped.get(key) in NAMES[reason] for key in of_it),
             "dropped": len(for_it),
             "truth": len(of_it),
         }
@@ -62,7 +69,7 @@ def score(ledger: Sequence[dict], dirt: dict[str, str]) -> dict[str, Any]:
 
 def metrics(report: dict[str, Any]) -> dict[str, float]:
     """The report as figures for the tracker; what is not known is left out."""
-    values = {"clean/pairs": report["pairs"], "clean/kept": report["kept"]}
+    values = {f"clean/{name}": report[name] for name in ("pairs", "kept", "repaired")}
     values |= {f"clean/dropped_{reason}": count for reason, count in report["dropped"].items()}
     values |= {f"clean/not_checked_{reason}": count for reason, count in report["not_checked"].items()}
     if report["score"]:

@@ -16,6 +16,7 @@ MAX_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 64 << 20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded, whatever the extension says. Others may start programs (EPS) or have decoders that few test."""
+_MOVING = ("PNG", "WEBP", "GIF", "AVIF")
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 _T = TypeVar("_T")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -36,6 +37,9 @@ def is_safe_name(name: object) -> bool:
 def decode(content: bytes | Path) -> Image.Image:
     """The whole picture as RGB, its pixels as they are stored: boxes refer to them, so EXIF orientation is ignored.
 
+    CMYK is converted, alpha is left out (what was transparent shows the colour that is stored there), of an animated
+    picture the first frame is taken.
+
     Raises:
         BadImageError: if it is no picture, is truncated, or has more than `MAX_PIXELS` pixels.
     """
@@ -49,6 +53,15 @@ def measure(content: bytes) -> tuple[str, int, int]:
         BadImageError: as `decode`.
     """
     return _decoded(content, lambda image: (_SUFFIXES.get(str(image.format), "avif"), image.width, image.height))
+
+
+def is_animated(content: bytes) -> bool:
+    """Whether there are several frames; pages of a TIFF and the second picture that phones hide in a JPEG are none.
+
+    Raises:
+        BadImageError: as `decode`.
+    """
+    return _decoded(content, lambda image: image.format in _MOVING and getattr(image, "is_animated", False))
 
 
 def _decoded(content: bytes | Path, use: Callable[[Image.Image], _T]) -> _T:

@@ -5,12 +5,17 @@ A filter returns None for a pair that may stay, else a detail for the ledger: wh
 
 import array
 import functools
+import itertools
 import re
+from collections.abc import Iterable
 
+import ftfy
 import imagehash
 import numpy as np
 from PIL import Image
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+from lyrics.data import files
 
 HASH_SIDE = 16
 HASH_BITS = HASH_SIDE * HASH_SIDE
@@ -43,6 +48,28 @@ _BOILERPLATE = {
 }
 
 
+# How a whole file ends; the head of WebP tells the length instead.
+_ENDS = {"jpg": b"\xff\xd9", "png": b"IEND\xae\x42\x60\x82", "gif": b";"}
+
+
+def truncated(content: bytes) -> str | None:
+    """A picture that cannot be decoded since its file stops early: it has a good head and lacks its end."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        announced = int.from_bytes(content[4:8], "little") + 8
+        return f"{len(content)} of {announced} bytes" if len(content) < announced else None
+    try:
+        suffix, width, height = files.measure(content)
+    except files.BadImageError:
+        return None
+    if suffix not in _ENDS or content.rstrip(b"\0\r\n").endswith(_ENDS[suffix]):
+        return None
+    return f"{width} × {height} {suffix} without its end"
+
+
+def animated(content: bytes) -> str | None:
+    return "several frames" if files.is_animated(content) else None
+
+
 def tiny(width: int, height: int, min_side_px: int) -> str | None:
     return f"{width} × {height}" if min(width, height) < min_side_px else None
 
@@ -67,6 +94,36 @@ def length(caption: str, min_words: int, max_words: int) -> str | None:
     """Words between spaces; in scripts without spaces a character counts as a word."""
     words = len(caption.split()) + len(_UNSPACED.findall(caption))
     return None if min_words <= words <= max_words else f"{words} words"
+
+
+def repetition(caption: str, max_repetition: float) -> str | None:
+    """The same words again and again: the share of neighbouring pairs of words that were there before."""
+    words = caption.casefold().split()
+    neighbours = list(itertools.pairwise(words))
+    repeated = 1 - len(set(neighbours)) / max(len(neighbours), 1)
+    return f"{repeated:.0%} said before" if neighbours and repeated > max_repetition else None
+
+
+def repaired(caption: str) -> str:
+    """Text whose bytes were read in a wrong encoding, read in the right one: `cafÃ©` as `café`; other text as it is."""
+    return ftfy.fix_encoding(caption)
+
+
+def encoding(caption: str) -> str | None:
+    """Characters that were lost when bytes were read in a wrong encoding: nothing brings them back."""
+    lost = caption.count("\ufffd")
+    return f"{lost} lost characters" if lost else None
+
+
+def word_pattern(words: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds the words and phrases, whole and in any case; None for no words."""
+    phrases = [r"\s+".join(map(re.escape, word.split())) for word in words]
+    return re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE) if phrases else None
+
+
+def unsafe(caption: str, pattern: re.Pattern[str] | None) -> str | None:
+    found = pattern.search(caption) if pattern else None
+    return found and found.group().casefold()
 
 
 def language(caption: str, min_english_probability: float) -> str | None:
@@ -94,8 +151,8 @@ def perceptual_hash(image: Image.Image) -> str:
 class DuplicateIndex:
     """Finds the first picture added whose hash differs in at most `max_bits` bits.
 
-    The hash is cut into so many bands that two hashes that close differ in at most one bit of at least one band. So only
-    pictures are compared that share a band up to one bit; at twenty bits a band these are few even among millions.
+    The hash is cut into so many bands that two hashes that close differ in at most one bit of at least one band. So
+    only pictures are compared that share a band up to one bit; at twenty bits a band these are few even among millions.
     For each picture its hash, its place in the chains of its bands and its name are held: some 130 bytes.
     """
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from lyrics.data import filters
+from lyrics.data import clean, files, filters
 
 CAPTIONS = [
     "A red umbrella left of a star.",
@@ -51,6 +51,9 @@ def test_captions_of_photographs_stay():
         pytest.skip(f"{file} is absent: real files for testing are not part of the project")
     captions = [record["caption"] for record in json.loads(file.read_bytes())["annotations"]]
     dropped = [c for c in captions if filters.boilerplate(c) or filters.length(c, 2, 60) or filters.language(c, 0.02)]
+    words = filters.word_pattern(clean.read_words(Path(__file__).parents[2] / "params/unsafe_words.txt"))
+    dropped += [c for c in captions if filters.repetition(c, 0.5) or filters.encoding(c) or filters.unsafe(c, words)]
+    assert [filters.repaired(c) for c in captions] == captions
     assert len(captions) > 500 and dropped == []
 
 
@@ -97,6 +100,86 @@ def test_sizes_shapes_and_lengths_at_their_limits():
     assert filters.length("one", 2, 3) == "1 words" and filters.length("", 2, 3) == "0 words"
     assert filters.length("免费下载的电脑壁纸", 2, 60) is None
     assert filters.length("one two three four", 2, 3) == "4 words"
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_a_file_that_stops_early_is_truncated_and_noise_in_a_whole_one_is_not(form):
+    whole = encoded(picture(1), form)
+    assert filters.truncated(whole) is None and filters.truncated(whole + b"\0\n") is None
+    for share in (0.5, 0.7, 0.95):
+        cut = whole[: int(len(whole) * share)]
+        with pytest.raises(files.BadImageError):
+            files.decode(cut)
+        assert filters.truncated(cut), share
+    assert filters.truncated(b"<html>404</html>") is None and filters.truncated(b"") is None
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF"])
+def test_only_several_frames_are_animated(form):
+    frames = [picture(seed) for seed in range(3)]
+    assert filters.animated(encoded(frames[0], form, save_all=True, append_images=frames[1:])) == "several frames"
+    assert filters.animated(encoded(frames[0], form)) is None
+
+
+def test_a_second_picture_in_a_jpeg_and_pages_are_not_animated():
+    for form in ("MPO", "TIFF"):
+        content = encoded(picture(1), form, save_all=True, append_images=[picture(2)])
+        assert filters.animated(content) is None, form
+
+
+def test_how_colours_alpha_and_orientation_are_decoded():
+    red = Image.new("RGB", (6, 4), (255, 0, 0))
+    assert files.decode(encoded(red.convert("CMYK"), "JPEG", quality=95)).getpixel((2, 2)) == pytest.approx(
+        (254, 0, 0), abs=3
+    )
+    hidden = Image.new("RGBA", (6, 4), (10, 200, 30, 0))
+    assert files.decode(encoded(hidden, "PNG")).getpixel((0, 0)) == (10, 200, 30)  # stored under full transparency
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    assert files.decode(encoded(red, "JPEG", exif=exif)).size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("caption", "share"),
+    [
+        ("sale sale sale sale sale", "75% said before"),
+        ("Big Sale big sale BIG sale big sale", "71% said before"),
+        ("ha ha ha", None),
+        ("a star to the left of a star to the left of a moon", None),
+        ("word", None),
+        ("", None),
+    ],
+)
+def test_repetition(caption, share):
+    assert filters.repetition(caption, 0.5) == share
+
+
+@pytest.mark.parametrize(
+    "text", ["café by the sea", "“Ünter” – naïve façade", "Привет, мир", "一张漂亮的图片", "señor"]
+)
+def test_misread_encodings_are_repaired_and_others_untouched(text):
+    assert filters.repaired(text) == text
+    assert filters.repaired(text.encode().decode("latin-1")) == text
+    assert filters.encoding(text) is None and filters.encoding(text + "\ufffd") == "1 lost characters"
+
+
+def test_markup_and_quotes_are_left_to_the_other_filters():
+    assert filters.repaired("Tom &amp; Jerry \u201cfun\u201d") == "Tom &amp; Jerry \u201cfun\u201d"
+
+
+def test_unsafe_words_are_found_whole_in_any_case():
+    pattern = filters.word_pattern(["bad", "very  wrong", "c++"])
+    assert filters.unsafe("A BAD picture", pattern) == "bad"
+    assert filters.unsafe("a Very\twrong one", pattern) == "very\twrong"
+    assert filters.unsafe("about c++!", pattern) == "c++"
+    assert filters.unsafe("a badger, very, wrong", pattern) is None
+    assert filters.word_pattern([]) is None and filters.unsafe("bad", None) is None
 
 
 def test_reencoded_pictures_are_duplicates_and_other_pictures_are_not():
