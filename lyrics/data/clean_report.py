@@ -1,11 +1,13 @@
 """What cleaning did, counted, with examples, and scored where the truth about the dirt is known."""
 
 import collections
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from lyrics.data.disk_index import Index
+from lyrics.data.rows import read_rows
 
 REASONS = (
     *("broken", "truncated", "animated", "tiny", "extreme"),
@@ -17,53 +19,67 @@ NAMES = {reason: (reason,) for reason in REASONS} | {"broken": ("broken", "trunc
 _EXAMPLES = 8
 
 
-def summary(ledger: Sequence[dict], captions: Sequence[str], not_checked: dict[str, int]) -> dict[str, Any]:
-    """Counts and a few dropped pairs a reason; `captions` go with the rows of the ledger."""
-    dropped = collections.Counter(row["reason"] for row in ledger if not row["kept"])
-    examples: dict[str, list[dict]] = {reason: [] for reason in REASONS if dropped[reason]}
-    for row, caption in zip(ledger, captions, strict=True):
-        if not row["kept"] and len(examples[row["reason"]]) < _EXAMPLES:
-            shown = {name: row[name] for name in ("key", "shard", "detail")}
-            examples[row["reason"]].append({**shown, "caption": caption})
+def summary(ledger: Iterable[dict], not_checked: dict[str, int]) -> dict[str, Any]:
+    """Counts and a few dropped pairs a reason; the rows of the ledger come with their captions."""
+    dropped: collections.Counter[str] = collections.Counter()
+    examples: dict[str, list[dict]] = {reason: [] for reason in REASONS}
+    pairs = repaired = 0
+    for row in ledger:
+        pairs += 1
+        repaired += row["repaired"] and row["kept"]
+        if not row["kept"]:
+            dropped[row["reason"]] += 1
+            if len(examples[row["reason"]]) < _EXAMPLES:
+                examples[row["reason"]].append({name: row[name] for name in ("key", "shard", "detail", "caption")})
     return {
-        "pairs": len(ledger),
-        "kept": sum(row["kept"] for row in ledger),
+        "pairs": pairs,
+        "kept": pairs - dropped.total(),
         "dropped": {reason: dropped[reason] for reason in REASONS},
-        "repaired": sum(row["repaired"] and row["kept"] for row in ledger),
+        "repaired": repaired,
         "not_checked": not_checked,
-        "examples": examples,
+        "examples": {reason: rows for reason, rows in examples.items() if rows},
         "score": None,
     }
 
 
-def read_truth(path: Path) -> dict[str, str]:
-    """Key → kind of dirt, `clean` for none."""
-    return {row["key"]: row["dirt"] for row in pq.read_table(path).to_pylist()}
+def read_truth(path: Path) -> Iterator[tuple[str, str]]:
+    """Keys with their kind of dirt, `clean` for none."""
+    return ((row["key"], row["dirt"]) for row in read_rows(path))
 
 
-def score(ledger: Sequence[dict], dirt: dict[str, str]) -> dict[str, Any]:
+def score(ledger: Iterable[dict], truth: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Precision and recall of the drops. A dirty pair counts as found whichever reason it was dropped for.
 
     Per reason: `precision` is the share of its drops that are dirty in any way, `recall` the share of that dirt that
     was dropped, `named` the share that was dropped for that very reason; None where there is nothing to share.
     """
-    dropped = {row["key"]: row["reason"] for row in ledger if not row["kept"] and row["key"] in dirt}
-    dirty = {key for key, kind in dirt.items() if kind != "clean"}
-    reasons = {}
-    for reason in REASONS:
-        for_it = [key for key, why in dropped.items() if why == reason]
-        of_it = [key for key, kind in dirt.items() if kind == reason]
-        reasons[reason] = {
-            "precision": _share(key in dirty for key in for_it),
-            "recall": _share(key in dropped for key in of_it),
-            "named": _share(dropped.get(key) in NAMES[reason] for key in of_it),
-            "dropped": len(for_it),
-            "truth": len(of_it),
-        }
+    of_kind, found, named = collections.Counter[str](), collections.Counter[str](), collections.Counter[str]()
+    dropped, rightly = collections.Counter[str](), collections.Counter[str]()
+    with contextlib.closing(Index()) as reasons:  # on disk: the two need not come in the same order
+        for row in ledger:
+            if not row["kept"]:
+                reasons.add(row["key"], value=row["reason"])
+        for key, kind in truth:
+            reason = reasons.get(key)
+            of_kind[kind] += 1
+            if reason is not None:
+                dropped[reason] += 1
+                rightly[reason] += kind != "clean"
+                found[kind] += 1
+                named[kind] += reason in NAMES.get(kind, ())
     return {
-        "precision": _share(key in dirty for key in dropped),
-        "recall": _share(key in dropped for key in dirty),
-        "reasons": reasons,
+        "precision": _share(rightly.total(), dropped.total()),
+        "recall": _share(rightly.total(), of_kind.total() - of_kind["clean"]),
+        "reasons": {
+            reason: {
+                "precision": _share(rightly[reason], dropped[reason]),
+                "recall": _share(found[reason], of_kind[reason]),
+                "named": _share(named[reason], of_kind[reason]),
+                "dropped": dropped[reason],
+                "truth": of_kind[reason],
+            }
+            for reason in REASONS
+        },
     }
 
 
@@ -79,6 +95,5 @@ def metrics(report: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _share(values: Iterable[bool]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

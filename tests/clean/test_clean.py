@@ -1,5 +1,7 @@
 import dataclasses
 import io as stdio
+import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from lyrics import io
 from lyrics.config import Clean
-from lyrics.data import clean, clean_report
+from lyrics.data import clean, clean_judge, clean_report, rows
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 from lyrics.stage import NullTracker
@@ -108,7 +110,7 @@ def web(tmp_path, monkeypatch):
     truth = [{"key": p.key, "dirt": "clean"} for p in good] + [{"key": p.key, "dirt": r} for r, p in bad.items()]
     io.write_text(clean.UNSAFE_WORDS, "# a list\n\nword  to\u0020hide\n")
     truth[3]["dirt"] = "mismatched"  # dirt that nothing can see
-    clean._write(Path("data/raw/web_truth.parquet"), truth, clean.pa.schema([("key", "string"), ("dirt", "string")]))
+    rows.write_rows(Path("data/raw/web_truth.parquet"), truth, clean.pa.schema([("key", "string"), ("dirt", "string")]))
     return tmp_path
 
 
@@ -161,10 +163,10 @@ def test_pictures_of_every_split_that_measures_are_found_again_and_no_others(tmp
             pairs.append(pair(f"{split}{n}", again(content, *form), "Picture n1 is here again."))
             planted[f"{split}{n}"] = "" if split == "instruct" else f"of {split}/{n}.jpg"
     write_tar(Path("data/raw/web/00000.tar"), pairs)
-    rows = pq.read_table(run(tmp_path / "work", monkeypatch, None) / "ledger.parquet").to_pylist()
-    leaked = {row["key"]: row["detail"] for row in rows if row["reason"] == "leaked"}
+    found = pq.read_table(run(tmp_path / "work", monkeypatch, None) / "ledger.parquet").to_pylist()
+    leaked = {row["key"]: row["detail"] for row in found if row["reason"] == "leaked"}
     assert leaked == {key: detail for key, detail in planted.items() if detail}
-    assert all(row["kept"] for row in rows if row["key"] not in leaked)
+    assert all(row["kept"] for row in found if row["key"] not in leaked)
 
 
 def test_a_damaged_picture_of_val_stops_before_anything_is_written(tmp_path, monkeypatch):
@@ -195,8 +197,8 @@ def test_each_new_filter_can_be_switched_off(web, monkeypatch):
     off = {"drop_animated": False, "max_repetition": 1.0, "repair_encodings": False, "drop_unsafe_words": False}
     settings = dataclasses.replace(SETTINGS, **off)
     clean.UNSAFE_WORDS.unlink()
-    assert clean.judge(pair("a", moving(), "A big sale big sale big sale big sale"), settings).reason == ""
-    verdict = clean.judge(pair("a", jpeg(1), "A caf\u00c3\u00a9 by the sea"), settings)
+    assert clean_judge.judge(pair("a", moving(), "A big sale big sale big sale big sale"), settings).reason == ""
+    verdict = clean_judge.judge(pair("a", jpeg(1), "A caf\u00c3\u00a9 by the sea"), settings)
     assert verdict.caption == "A caf\u00c3\u00a9 by the sea" and not verdict.repaired
     monkeypatch.setattr(Config, "clean", settings)
     monkeypatch.setattr(clean, "_load_encoder", lambda config: None)
@@ -228,7 +230,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(web, monkeypatch):
     stopped.encode_texts = stop
     with pytest.raises(KeyboardInterrupt):
         run(web / "work", monkeypatch, stopped)
-    monkeypatch.setattr(clean, "judge", lambda *_: pytest.fail("a finished shard was judged again"))
+    monkeypatch.setattr(clean_judge, "judge", lambda *_: pytest.fail("a finished shard was judged again"))
     second = FakeEncoder()
     again = run(web / "work", monkeypatch, second)
     assert second.calls == 1  # the first shard was matched before
@@ -256,3 +258,32 @@ def test_a_shard_in_which_nothing_is_good_leaves_an_empty_shard(tmp_path, monkey
     assert list(read_pairs(out / "00000.tar")) == []
     assert [row["reason"] for row in pq.read_table(out / "ledger.parquet").to_pylist()] == ["broken", "length"]
     assert io.read_json(out / "report.json")["score"] is None
+
+
+def peak_bytes(folder, count):
+    """Most memory that Python objects take while `count` verdicts go through everything that sees all of them."""
+
+    def verdicts():
+        for n in range(count):
+            reason = clean_report.REASONS[n % 3] if n % 2 else ""
+            yield clean_judge.Verdict(key=f"{n:09d}", caption=f"Picture {n} " * 5, reason=reason)
+
+    tracemalloc.start()
+    clean_judge.write_verdicts(folder / "judged/a.parquet", verdicts())
+    shares = itertools.repeat(0.5)
+    marked = clean.mark_mismatches(clean_judge.read_verdicts(folder / "judged/a.parquet"), shares, 0.6)
+    clean_judge.write_verdicts(folder / "final/a.parquet", marked)
+    report = clean_report.summary(clean.ledger([Path("a.tar")], folder), {})
+    rows.write_rows(folder / "ledger.parquet", clean.ledger([Path("a.tar")], folder), clean._LEDGER_SCHEMA)
+    truth = ((verdict.key, verdict.reason or "clean") for verdict in verdicts())
+    score = clean_report.score(clean.ledger([Path("a.tar")], folder), truth)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report["pairs"] == count and report["kept"] == count // 2 and score["precision"] == score["recall"] == 1
+    return peak
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_ROWS_AT_ONCE", 100)
+    peak_bytes(tmp_path / "warm", 400)
+    assert peak_bytes(tmp_path / "many", 4_000) < 1.1 * peak_bytes(tmp_path / "few", 400)

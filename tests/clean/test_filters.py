@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from lyrics.data import clean, files, filters
+from lyrics.data import clean_judge, files, filters
 
 CAPTIONS = [
     "A red umbrella left of a star.",
@@ -51,7 +51,7 @@ def test_captions_of_photographs_stay():
         pytest.skip(f"{file} is absent: real files for testing are not part of the project")
     captions = [record["caption"] for record in json.loads(file.read_bytes())["annotations"]]
     dropped = [c for c in captions if filters.boilerplate(c) or filters.length(c, 2, 60) or filters.language(c, 0.02)]
-    words = filters.word_pattern(clean.read_words(Path(__file__).parents[2] / "params/unsafe_words.txt"))
+    words = filters.word_pattern(clean_judge.read_words(Path(__file__).parents[2] / "params/unsafe_words.txt"))
     dropped += [c for c in captions if filters.repetition(c, 0.5) or filters.encoding(c) or filters.unsafe(c, words)]
     assert [filters.repaired(c) for c in captions] == captions
     assert len(captions) > 500 and dropped == []

@@ -25,9 +25,10 @@ def scored(tmp_path_factory):
     pairs = (WebPair(key=i.key, image_bytes=i.image_bytes, caption=i.caption, meta={}) for i in items)
     write_tar(folder / "00000.tar", pairs)
     settings = Clean(**yaml.safe_load((PARAMS / "clean/tiny.yaml").read_text()))
-    ledger, report = clean.clean([folder / "00000.tar"], settings, None, folder / "work")
+    shards = [folder / "00000.tar"]
+    report = clean.clean(shards, settings, None, folder / "work")
     assert report["not_checked"]["mismatched"] == report["kept"]
-    return clean_report.score(ledger, {item.key: item.dirt for item in items})
+    return clean_report.score(clean.ledger(shards, folder / "work"), ((item.key, item.dirt) for item in items))
 
 
 def test_no_clean_pair_is_dropped(scored):

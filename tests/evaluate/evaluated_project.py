@@ -96,8 +96,11 @@ def _clean(config: Config, folder: Path) -> None:
     from lyrics.data import clean_report
 
     work = folder / "clean-work"
-    ledger, report = clean.clean(sorted(Path("data/raw/web").glob("*.tar")), config.clean, None, work)
-    report["score"] = clean_report.score(ledger, clean_report.read_truth(Path("data/raw/web_truth.parquet")))
+    shards = sorted(Path("data/raw/web").glob("*.tar"))
+    report = clean.clean(shards, config.clean, None, work)
+    report["score"] = clean_report.score(
+        clean.ledger(shards, work), clean_report.read_truth(Path("data/raw/web_truth.parquet"))
+    )
     io.write_json(Path("data/clean/report.json"), report)
 
 
