@@ -2,7 +2,8 @@
 
 00000.tar …     the kept pairs, as img2dataset lays them out
 ledger.parquet  one row a pair, kept or not: key, shard, kept, reason, detail, whether its caption was repaired
-report.json     counts, examples and, where the truth is known, precision and recall
+report.json     counts, examples, distributions and, where the truth is known, precision and recall
+report.html     the same to look at
 
 Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Pictures that look like
 one of a split that measures have leaked from it; these and duplicates are sought among the pairs that passed every
@@ -22,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lyrics import io
-from lyrics.data import clean_report, files, filters
+from lyrics.data import clean_page, clean_report, files, filters
 from lyrics.data.clean_judge import Verdict, judge_shard, read_verdicts, read_words, write_verdicts
 from lyrics.data.formats import ABSENT
 from lyrics.data.pictures import EVALUATED
@@ -79,8 +80,10 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         io.link_or_copy(tar, out / tar.name)
     write_rows(out / "ledger.parquet", ledger(shards, work), _LEDGER_SCHEMA)
     io.write_json(out / "report.json", report)
+    io.write_text(out / "report.html", clean_page.render(report, clean_page.thumbnails(shards, report["examples"])))
     tracker.log_metrics(clean_report.metrics(report) | {"clean/pairs_per_s": report["pairs"] / max(seconds, 1e-9)})
     tracker.log_artifact(out / "report.json")
+    tracker.log_artifact(out / "report.html")
 
 
 def clean(
@@ -114,11 +117,11 @@ def clean(
 
 
 def ledger(shards: Sequence[Path], work: Path) -> Iterator[dict[str, Any]]:
-    """One row a pair in file order, as it lies in ledger.parquet, and its caption."""
+    """One row a pair in file order, as it lies in ledger.parquet, with its caption and size."""
     for tar in shards:
         for v in read_verdicts(_of(tar, work, "final")):
             known = {"key": v.key, "shard": tar.name, "kept": not v.reason, "reason": v.reason, "detail": v.detail}
-            yield {**known, "repaired": v.repaired, "caption": v.caption}
+            yield {**known, "repaired": v.repaired, "caption": v.caption, "width": v.width, "height": v.height}
 
 
 def _of(tar: Path, work: Path, folder: str) -> Path:

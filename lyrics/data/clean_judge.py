@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lyrics.config import Clean
 
 VERDICT_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")] + [("repaired", pa.bool_())]
+    [(name, pa.string()) for name in ("key", "caption", "reason", "detail", "hash")]
+    + [("repaired", pa.bool_()), ("width", pa.int32()), ("height", pa.int32())]
 )
 
 
@@ -31,6 +32,8 @@ class Verdict:
     detail: str = ""
     hash: str = ""
     repaired: bool = False  # the caption is not the stored one, but that one in its right encoding
+    width: int = 0  # in pixels; 0 where nothing can be decoded
+    height: int = 0
 
     def drop(self, reason: str, detail: str | None) -> None:
         if detail is not None and not self.reason:
@@ -65,6 +68,7 @@ def judge(pair: WebPair, settings: "Clean", unsafe: re.Pattern[str] | None = Non
         verdict.drop("truncated", filters.truncated(content))
         verdict.drop("broken", str(error))
         return verdict
+    verdict.width, verdict.height = image.size
     verdict.drop("animated", animated)
     verdict.drop("tiny", filters.tiny(*image.size, settings.min_side_px))
     verdict.drop("extreme", filters.extreme(*image.size, settings.max_aspect_ratio))

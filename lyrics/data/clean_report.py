@@ -1,8 +1,9 @@
 """What cleaning did, counted, with examples, and scored where the truth about the dirt is known."""
 
+import bisect
 import collections
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,30 @@ REASONS = (
 )
 # Reasons that name a kind of dirt: a file that stops early is known as broken too.
 NAMES = {reason: (reason,) for reason in REASONS} | {"broken": ("broken", "truncated")}
+BINS: dict[str, list[float]] = {
+    "shorter side, px": [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024],
+    "longer by shorter side": [1.25, 1.5, 2, 3, 4, 6],
+    "words": [1, 2, 4, 8, 16, 32, 64, 128],
+}
 _EXAMPLES = 8
 
 
 def summary(ledger: Iterable[dict], not_checked: dict[str, int]) -> dict[str, Any]:
-    """Counts and a few dropped pairs a reason; the rows of the ledger come with their captions."""
+    """Counts, distributions before and after, and a few dropped pairs a reason.
+
+    The rows of the ledger come with their captions and sizes.
+    """
     dropped: collections.Counter[str] = collections.Counter()
     examples: dict[str, list[dict]] = {reason: [] for reason in REASONS}
+    distributions = {name: {w: [0] * (len(edges) + 1) for w in ("before", "after")} for name, edges in BINS.items()}
     pairs = repaired = 0
     for row in ledger:
         pairs += 1
         repaired += row["repaired"] and row["kept"]
+        for name, value in _measures(row).items():
+            place = bisect.bisect_right(BINS[name], value)
+            distributions[name]["before"][place] += 1
+            distributions[name]["after"][place] += row["kept"]
         if not row["kept"]:
             dropped[row["reason"]] += 1
             if len(examples[row["reason"]]) < _EXAMPLES:
@@ -37,9 +51,19 @@ def summary(ledger: Iterable[dict], not_checked: dict[str, int]) -> dict[str, An
         "dropped": {reason: dropped[reason] for reason in REASONS},
         "repaired": repaired,
         "not_checked": not_checked,
+        "distributions": distributions,
         "examples": {reason: rows for reason, rows in examples.items() if rows},
         "score": None,
     }
+
+
+def _measures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What is counted in `BINS`; a picture that cannot be decoded has no sides."""
+    measures: dict[str, float] = {"words": len(row["caption"].split())}
+    if row["width"]:
+        short, long = sorted((row["width"], row["height"]))
+        measures |= {"shorter side, px": short, "longer by shorter side": long / short}
+    return measures
 
 
 def read_truth(path: Path) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 import dataclasses
 import io as stdio
 import itertools
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from lyrics import io
 from lyrics.config import Clean
-from lyrics.data import clean, clean_judge, clean_report, rows
+from lyrics.data import clean, clean_judge, clean_page, clean_report, rows
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 from lyrics.stage import NullTracker
@@ -211,6 +212,34 @@ def test_a_missing_list_of_words_is_named(web, monkeypatch):
     monkeypatch.setattr(clean, "_load_encoder", lambda config: None)
     with pytest.raises(InputError, match=r"unsafe_words\.txt is no readable list.*drop_unsafe_words=false"):
         clean.run(Config, web / "work", NullTracker())
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_strangers_wrote(web, monkeypatch):
+    evil = '<script>alert("x")</script> a caption'
+    write_tar(Path("data/raw/web/00002.tar"), [pair("e0", jpeg(70), evil), pair('e"1', jpeg(71), "One")])
+    out = run(web / "work", monkeypatch, FakeEncoder())
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:image/jpeg)""", page) and "url(" not in page
+    report = io.read_json(out / "report.json")
+    shown = {row["key"]: reason for reason, rows in report["examples"].items() for row in rows}
+    assert all(key.replace('"', "&#34;") in page for key in shown)
+    undecodable = [key for key, reason in shown.items() if reason in ("broken", "truncated")]
+    assert page.count("no picture</span>") == len(undecodable) == 2
+    assert page.count("data:image/jpeg;base64,") == len(shown) - 2
+
+
+def test_the_funnel_and_the_distributions_add_up(web, monkeypatch):
+    report = io.read_json(run(web / "work", monkeypatch, FakeEncoder()) / "report.json")
+    steps = clean_page.funnel(report)
+    assert steps[0]["came"] == report["pairs"] and steps[-1]["left"] == report["kept"]
+    assert all(step["left"] == following["came"] for step, following in itertools.pairwise(steps))
+    sides = report["distributions"]["shorter side, px"]
+    assert sum(sides["before"]) == report["pairs"] - 2 and sum(sides["after"]) == report["kept"] == GOOD
+    assert sides["before"][1] == 1 and sides["after"][3] == GOOD  # one of 32 px; the others have 64, or 86 of leak
+    shape = clean_page.distribution("longer by shorter side", report["distributions"]["longer by shorter side"])
+    assert [row["before"] for row in shape["rows"]][-1] == 1 and shape["rows"][-1]["name"] == "≥ 6"
+    assert max(row[key] for row in shape["rows"] for key in ("before_width", "after_width")) == 100
 
 
 def test_without_an_image_text_model_mismatches_are_counted_as_not_checked(web, monkeypatch):
