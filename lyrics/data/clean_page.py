@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from lyrics.data import files
-from lyrics.data.clean_report import BINS
+from lyrics.data.clean_report import BINS, REASONS
 from lyrics.data.webdataset import WebPair, read_pairs
 
 _HERE = Path(__file__).parent
@@ -31,8 +31,11 @@ def render(report: Mapping[str, Any], thumbnails: Mapping[tuple[str, str], str])
         report=report,
         funnel=funnel(report),
         sheets={
-            reason: [{**row, "picture": thumbnails.get((row["shard"], row["key"]))} for row in rows]
-            for reason, rows in report["examples"].items()
+            reason: [
+                {**row, "picture": thumbnails.get((row["shard"], row["key"]))} for row in report["examples"][reason]
+            ]
+            for reason in REASONS
+            if reason in report["examples"]
         },
         distributions=[distribution(name, report["distributions"][name]) for name in BINS],
     )
@@ -42,7 +45,8 @@ def funnel(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Reasons that dropped something, in their order: what came, what of it was dropped, what went on."""
     steps, came = [], report["pairs"]
     scores = (report["score"] or {}).get("reasons", {})
-    for reason, dropped in report["dropped"].items():
+    for reason in REASONS:  # JSON sorts its keys
+        dropped = report["dropped"][reason]
         if dropped:
             score = scores.get(reason, {})
             known = {name: score.get(name) for name in ("precision", "recall")}
