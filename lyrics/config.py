@@ -236,10 +236,17 @@ class Clean:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Refine:
+    """`features`: `cached` keeps the image tokens of every picture; `online` computes them in the training step, where
+    disk is dearer than compute. Both give the same numbers. `feature_dtype`: what features are kept as, or rounded to;
+    int8 has a scale for each token.
+    """
+
     coordinate_format: Literal["grid100", "decimal3"]
     max_objects: Count
     images_per_shard: Count
     batch_size: Count
+    features: Literal["cached", "online"]
+    feature_dtype: Literal["fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)

@@ -26,6 +26,7 @@ from lyrics.model.lyrics import LyricsModel, Read
 from lyrics.model.mq_former import Memory
 from lyrics.model.pictures import Pictures
 from lyrics.model.vision import ImageEncoder, load_image_encoder
+from lyrics.refiner.precision import FeatureDtype, rounded
 from lyrics.refiner.refine import RefinedObjects, Refiner, load_refiner
 from lyrics.train import stage2
 from lyrics.train.devices import pick_device
@@ -114,7 +115,8 @@ class Lyrics:
         pictures = Pictures(images)
         tokens_BPD = self.encoder.look(pictures, self.model.device).float().cpu().numpy()
         found = self.refiner.refine(pictures, truth)
-        return [_seen(image, tokens, objects) for image, tokens, objects in zip(images, tokens_BPD, found, strict=True)]
+        kept_as = self.refiner.settings.feature_dtype
+        return [_seen(*one, kept_as) for one in zip(images, tokens_BPD, found, strict=True)]
 
     def answer(
         self,
@@ -180,14 +182,14 @@ def _content_hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
-def _seen(image: Image.Image, tokens_PD: np.ndarray, objects: RefinedObjects) -> SeenImage:
+def _seen(image: Image.Image, tokens_PD: np.ndarray, objects: RefinedObjects, kept_as: FeatureDtype) -> SeenImage:
     size = np.array([image.width, image.height, image.width, image.height], np.float32)
     boxes = np.asarray(objects.boxes_xyxy, np.float32).reshape(-1, 4)
-    # Features pass through float16 as they do on disk, so that an answer does not depend on the way in.
+    # Features are rounded as they are on disk, so that an answer does not depend on the way in.
     return SeenImage(
-        image_tokens_PD=tokens_PD.astype(np.float16),
-        detector_tokens_ND=np.asarray(objects.detector_tokens_ND).astype(np.float16),
-        segmenter_tokens_ND=np.asarray(objects.segmenter_tokens_ND).astype(np.float16),
+        image_tokens_PD=rounded(tokens_PD, kept_as),
+        detector_tokens_ND=rounded(np.asarray(objects.detector_tokens_ND), kept_as),
+        segmenter_tokens_ND=rounded(np.asarray(objects.segmenter_tokens_ND), kept_as),
         tags=tuple(objects.tags),
         boxes_xyxy_N4=np.clip(boxes / size, 0.0, 1.0),
         spatial_text=objects.spatial_text,

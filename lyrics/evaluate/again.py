@@ -95,10 +95,12 @@ def _refine(model: "Lyrics", name: str, split: "Split", folder: Path) -> "Refine
     from tqdm import tqdm
 
     from lyrics.refiner import features
+    from lyrics.refiner.online import Looker
     from lyrics.refiner.refine import Frozen, write_shard
 
     frozen = Frozen(encoder=model.encoder, refiner=model.refiner, device=model.model.device)
-    size = model.refiner.settings.images_per_shard
+    settings = model.refiner.settings
+    size = settings.images_per_shard
     with tqdm(total=len(split.images), desc=f"refine {name}", unit="image") as progress:
         for number, start in enumerate(range(0, len(split.images), size)):
             records, shard = split.images[start : start + size], features.shard_folder(folder, number)
@@ -111,4 +113,4 @@ def _refine(model: "Lyrics", name: str, split: "Split", folder: Path) -> "Refine
         [i for shard in shards for i in features.read_images(shard / features.IMAGES_FILE)],
     )
     features.write_samples(folder / features.SAMPLES_FILE, split.samples)
-    return features.RefinedSplit(folder)
+    return features.RefinedSplit(folder, Looker(model.encoder, model.model.device, settings.batch_size))

@@ -20,7 +20,9 @@ from lyrics.evaluate import baselines, captions, plots, report, tasks
 from lyrics.evaluate.metrics import interval
 from lyrics.model.inputs import SeenImage
 from lyrics.refiner.features import IMAGES_FILE, SAMPLES_FILE, RefinedSplit
+from lyrics.refiner.online import looker
 from lyrics.stage import Tracker
+from lyrics.train.devices import pick_device
 
 RAW, REFINED, FOUNDATION, STAGE2 = (
     Path("data/raw"),
@@ -60,7 +62,7 @@ def run(config: Config, work: Path, tracker: Tracker, model: Answering | None = 
     Raises:
         InputError: none of the configured splits exists, or a file of one is unreadable.
     """
-    splits, absent = _open_splits(config.evaluate.splits)
+    splits, absent = _open_splits(config)
     constant = _constant_answers(config)
     if constant is None:
         absent["most_frequent"] = f"{REFINED / TRAINING_SPLIT} does not exist: no training split to count answers in"
@@ -146,13 +148,15 @@ def _answers_folder(
     return folder
 
 
-def _open_splits(names: Sequence[str]) -> tuple[dict[str, RefinedSplit], dict[str, str]]:
+def _open_splits(config: Config) -> tuple[dict[str, RefinedSplit], dict[str, str]]:
+    names = config.evaluate.splits
+    look = looker(FOUNDATION / "clip", config.refine, pick_device(config.device))
     absent = {
         name: f"{REFINED / name} does not exist: the data has no such split"
         for name in names
         if not (REFINED / name / SAMPLES_FILE).exists()
     }
-    splits = {name: RefinedSplit(REFINED / name) for name in names if name not in absent}
+    splits = {name: RefinedSplit(REFINED / name, look) for name in names if name not in absent}
     if not splits:
         found = sorted(path.parent.name for path in REFINED.glob(f"*/{SAMPLES_FILE}"))
         raise InputError(
@@ -165,7 +169,7 @@ def _open_splits(names: Sequence[str]) -> tuple[dict[str, RefinedSplit], dict[st
 def _constant_answers(config: Config) -> baselines.MostFrequent | None:
     if not (REFINED / TRAINING_SPLIT / SAMPLES_FILE).exists():
         return None
-    training = RefinedSplit(REFINED / TRAINING_SPLIT)
+    training = RefinedSplit(REFINED / TRAINING_SPLIT, verify=False)  # of its tables alone
     return baselines.MostFrequent(training.samples, training.images, config.refine.coordinate_format)
 
 
@@ -191,7 +195,7 @@ class _Asker:
         for start in tqdm(range(0, len(order), size), desc=f"evaluate {name}", unit="batch", leave=False):
             places = order[start : start + size]
             batch = [samples[place] for place in places]
-            seen = [split.seen(others.get(sample.image_id, sample.image_id)) for sample in batch]
+            seen = split.see([others.get(sample.image_id, sample.image_id) for sample in batch])
             texts = [split.images[sample.image_id].spatial_text for sample in batch] if own_text else None
             questions = [instruction(sample) for sample in batch]
             limit = self._config.evaluate.max_new_tokens

@@ -99,7 +99,7 @@ class TextTokenizer:
             for n, ids in enumerate(ids_N):
                 tag_ids[row, n, : len(ids)] = ids
         return VisualBatch(
-            image_tokens_BPD=torch.from_numpy(np.stack([s.image_tokens_PD for s in seen]).astype(np.float32)),
+            image_tokens_BPD=torch.from_numpy(np.stack([s.image_tokens_PD for s in seen])).float(),
             local=LocalFeatures(
                 detector_BND=torch.from_numpy(detector),
                 segmenter_BND=torch.from_numpy(segmenter),

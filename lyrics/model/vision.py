@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -95,14 +96,20 @@ class ImageEncoder(nn.Module):
         """Tokens (B, P, D)."""
         return self.tower(pixels_B3HW)
 
-    def look(self, images: Sequence[Image.Image], device: torch.device) -> Tensor:
-        """Tokens (B, P, D) of pictures; of a batch of `Pictures` once, whichever part of the refiner asks."""
-        return once(
-            images,
-            tokens_key(self.origin, device),
-            lambda pictures: self(self.preprocess(pictures).to(device)),
-            ahead=False,
-        )
+    def look(self, images: Sequence[Image.Image], device: torch.device, batch_size: int | None = None) -> Tensor:
+        """Tokens (B, P, D) of pictures; of a batch of `Pictures` once, whichever part of the refiner asks.
+
+        Args:
+            batch_size: a smaller batch is filled up to it and computed in this shape. Libraries choose their kernels
+                by the shape, so that without it the last bits would depend on how many pictures come together.
+        """
+
+        def make(pictures: Sequence[Image.Image]) -> Tensor:
+            pixels_B3HW = self.preprocess(pictures).to(device)
+            missing = max(0, (batch_size or 0) - len(pictures))
+            return self(F.pad(pixels_B3HW, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(pictures)]
+
+        return once(images, tokens_key(self.origin, device), make, ahead=False)
 
     def feature_map(self, tokens_BPD: Tensor) -> Tensor:
         """The patches as a map (B, D, h, w), for pooling inside boxes and masks."""

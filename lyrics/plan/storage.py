@@ -6,8 +6,8 @@ from lyrics.config import Config
 from lyrics.plan.hardware import Assumptions
 from lyrics.plan.memory import StageCost
 from lyrics.plan.parts import Parts, size
+from lyrics.refiner.precision import token_bytes
 
-_FEATURE_BYTES = 2  # float16 shards (lyrics.refiner.features)
 _KEPT = 2  # checkpoints of a stage (lyrics.train.checkpoint)
 _LLM_BYTES, _WEIGHT_BYTES = 2, 4  # a language model is kept in bf16, all else in fp32
 
@@ -21,10 +21,11 @@ class Row:
 
 
 def picture_bytes(config: Config, parts: Parts) -> int:
-    """Cached features of one picture: image tokens, and `max_objects` rows of each local source."""
-    sizes = parts.mq_former.config
-    local = config.refine.max_objects * (sizes.detector_width + sizes.segmenter_width)
-    return (parts.encoder.patches * parts.encoder.width + local) * _FEATURE_BYTES
+    """Features of a picture: image tokens where they are cached, and `max_objects` rows of each local source."""
+    sizes, refine = parts.mq_former.config, config.refine
+    local = sum(token_bytes(width, refine.feature_dtype) for width in (sizes.detector_width, sizes.segmenter_width))
+    patches = parts.encoder.patches if refine.features == "cached" else 0
+    return patches * token_bytes(parts.encoder.width, refine.feature_dtype) + refine.max_objects * local
 
 
 def pairs_of(config: Config, assumed: Assumptions, asked: int | None) -> int:
@@ -33,6 +34,7 @@ def pairs_of(config: Config, assumed: Assumptions, asked: int | None) -> int:
 
 def rows(config: Config, assumed: Assumptions, parts: Parts, stages: dict[str, StageCost], pairs: int) -> list[Row]:
     each = picture_bytes(config, parts)
+    without = "" if config.refine.features == "cached" else ", no image tokens"
     llm = sum(p.numel() for name, p in parts.llm.named_parameters() if ".lora_" not in name)
     others = size(parts.encoder.network) + assumed.detector_parameters
     others += size(parts.segmenter) if parts.segmenter is not None else 0
@@ -40,7 +42,9 @@ def rows(config: Config, assumed: Assumptions, parts: Parts, stages: dict[str, S
     trained = sum(cost.gradients + cost.optimizer for cost in stages.values())
     return [
         Row("raw pairs", pairs * assumed.raw_bytes_per_pair, f"{assumed.raw_bytes_per_pair:,} B a pair", "assumed"),
-        Row("cached features", pairs * each, f"{each:,} B a picture, float16", "computed"),
+        Row(
+            "cached features", pairs * each, f"{each:,} B a picture, {config.refine.feature_dtype}{without}", "computed"
+        ),
         Row("weights of frozen parts", weights, "bf16 language model, fp32 others", "computed"),
         Row("checkpoints and models", trained * _KEPT, f"weights and optimizer, {_KEPT} kept", "computed"),
     ]

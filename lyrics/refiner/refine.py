@@ -14,21 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from lyrics import engine, io
 from lyrics.config import Foundation, Refine
-from lyrics.data.files import BadImageError
 from lyrics.data.records import Annotation, ImageRecord
-from lyrics.data.webdataset import open_image
-from lyrics.errors import InputError
 from lyrics.model.vision import ImageEncoder, load_image_encoder
-from lyrics.refiner import features, quality, shards
+from lyrics.refiner import features, quality, shard_files, shards
 from lyrics.refiner.ahead import ahead
 from lyrics.refiner.features import RefinedImage, Tokens
+from lyrics.refiner.online import open_refined
 from lyrics.refiner.refiner import RefinedObjects, Refiner, load_refiner
 from lyrics.refiner.shards import PlannedSplit, Shard
 from lyrics.refiner.sources import read_sources
@@ -69,6 +66,8 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     summary = {
         "coordinate_format": config.refine.coordinate_format,
         "max_objects": config.refine.max_objects,
+        "features": config.refine.features,
+        "feature_dtype": config.refine.feature_dtype,
         **_widths(every[0].folder),
         "splits": counts,
         "quality": agreement,
@@ -98,31 +97,36 @@ def do_shard(frozen: Frozen, shard: Shard) -> int:
 
 def write_shard(frozen: Frozen, records: Sequence[ImageRecord], number: int, folder: Path) -> None:
     """Refine `records` into `folder`, which appears whole or not at all."""
-    refined, tokens = refine_shard(records, number, frozen)
+    settings = frozen.refiner.settings
     with shards.attempt_at(folder) as own:
-        features.write_shard(own, refined, tokens, frozen.refiner.settings.max_objects)
+        features.write_shard(
+            own,
+            refine_shard(records, number, frozen),
+            max_objects=settings.max_objects,
+            feature_dtype=settings.feature_dtype,
+            image_tokens=settings.features == "cached",
+        )
 
 
-def refine_shard(records: Sequence[ImageRecord], shard: int, frozen: Frozen) -> tuple[list[RefinedImage], list[Tokens]]:
-    """Rows and features of one shard, in the order of `records`."""
+def refine_shard(records: Sequence[ImageRecord], shard: int, frozen: Frozen) -> Iterator[tuple[RefinedImage, Tokens]]:
+    """Row and features of each picture of one shard, in the order of `records`."""
     size = frozen.refiner.settings.batch_size
     batches = [records[start : start + size] for start in range(0, len(records), size)]
-    refined: list[RefinedImage] = []
-    tokens: list[Tokens] = []
+    row = 0
     for batch, images in zip(batches, ahead(batches, _decode), strict=True):
         with torch.inference_mode():
-            image_tokens = frozen.encoder.look(images, frozen.device).float().cpu().numpy()
+            image_tokens = frozen.encoder.look(images, frozen.device, size).float().cpu().numpy()
         found = frozen.refiner.refine(images, [record.annotations for record in batch])
         for record, image, image_tokens_PD, objects in zip(batch, images, image_tokens, found, strict=True):
-            refined.append(_row(record, image, objects, shard, len(refined)))
-            tokens.append(
+            yield (
+                _row(record, image, objects, shard, row),
                 Tokens(
-                    image_tokens_PD=image_tokens_PD.astype(np.float16),
+                    image_tokens_PD=image_tokens_PD,
                     detector_tokens_ND=objects.detector_tokens_ND,
                     segmenter_tokens_ND=objects.segmenter_tokens_ND,
-                )
+                ),
             )
-    return refined, tokens
+            row += 1
 
 
 def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard: int, row: int) -> RefinedImage:
@@ -143,15 +147,7 @@ def _row(record: ImageRecord, image: Image.Image, objects: RefinedObjects, shard
 
 
 def _decode(batch: Sequence[ImageRecord]) -> list[Image.Image]:
-    images = []
-    for record in batch:
-        try:
-            images.append(open_image(record.path))
-        except BadImageError as error:
-            raise InputError(
-                f"{record.path} cannot be used ({error}); ingest sets such pictures aside: run python -m lyrics ingest"
-            ) from None
-    return images
+    return [open_refined(record.path) for record in batch]
 
 
 def _is_done(shard: Shard) -> bool:
@@ -197,7 +193,7 @@ def _counts(split: PlannedSplit, published: Path) -> dict[str, float]:
 
 def _widths(shard: Path) -> dict[str, int]:
     """Widths of the features, as the first shard has them: the driver loads no model."""
-    shapes = {name: np.load(shard / f"{name}.npy", mmap_mode="r").shape for name in features.ARRAYS}
+    shapes = shard_files.read_manifest(shard).shapes
     return {
         "patches": shapes["image_tokens"][1],
         "image_width": shapes["image_tokens"][2],

@@ -47,7 +47,7 @@ def _from_captions(model: LyricsModel, data: Stage2Data, captions: list[Sample],
     config, outputs, pictures, said = model.mq_former.config, [], [], []
     for start in range(0, len(captions), _PICTURES_AT_ONCE):
         part = captions[start : start + _PICTURES_AT_ONCE]
-        seen = [data.split.seen(sample.image_id) for sample in part]
+        seen = data.split.see([sample.image_id for sample in part])
         _check([sample.sample_id for sample in part], seen)
         query_BQD = model.query_outputs([DESCRIBE] * len(part), seen)
         for row, (sample, picture) in enumerate(zip(part, seen, strict=True)):

@@ -17,10 +17,11 @@ from lyrics.errors import InputError
 from lyrics.foundation.tokenizer import bert_state, load_text_tokenizer
 from lyrics.model.inputs import TextTokenizer
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
-from lyrics.refiner.features import RefinedSplit
+from lyrics.refiner.features import RefinedSplit, see
+from lyrics.refiner.online import looker
 from lyrics.stage import Tracker
 from lyrics.train import devices, loop, losses
-from lyrics.train.devices import Ranks
+from lyrics.train.devices import ALONE, Ranks
 from lyrics.train.loop import MicroBatch
 from lyrics.train.objectives import GROUPS, Objectives
 from lyrics.train.stage1_batches import Stage1Batch, Stage1Data
@@ -66,9 +67,18 @@ def load_mq_former(folder: Path) -> MQFormer:
     return mq_former
 
 
-def open_splits(names: tuple[str, ...]) -> list[RefinedSplit]:
+def open_splits(
+    names: tuple[str, ...], config: Config, device: torch.device, ranks: Ranks = ALONE
+) -> list[RefinedSplit]:
+    """Those of the splits that there are; their features are checked by the first rank.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
     loop.need(REFINED / "summary.json", "refine")
-    return [RefinedSplit(REFINED / name) for name in names if (REFINED / name).is_dir()]
+    look = looker(FOUNDATION / "clip", config.refine, device)
+    there = [REFINED / name for name in names if (REFINED / name).is_dir()]
+    return [RefinedSplit(folder, look, verify=ranks.first) for folder in there]
 
 
 def run(config: Config, work: Path, tracker: Tracker) -> None:
@@ -87,7 +97,7 @@ def train(
     """The trained MQ-Former, whole on every rank, and the history of its losses."""
     settings = config.stage1
     tokenizer = TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer"))
-    data = stage1_data(config, tokenizer, open_splits(TRAIN_SPLITS))
+    data = stage1_data(config, tokenizer, open_splits(TRAIN_SPLITS, config, device, ranks))
     if len(data) < 2:
         raise InputError(f"Stage 1 needs at least 2 pictures with captions in {REFINED}, found {len(data)}")
     batch_size = min(settings.batch_size, len(data)) if ranks.size * settings.accumulate == 1 else settings.batch_size
@@ -129,7 +139,7 @@ def train(
 
     def not_finite_at(step: int) -> list[str]:
         pairs = [data.pairs[i] for i in loop.batches(config.seed, len(data), batch_size, step)]
-        return [image_id for split, image_id in pairs if not split.seen(image_id).is_finite()]
+        return [image_id for (_, image_id), seen in zip(pairs, see(pairs), strict=True) if not seen.is_finite()]
 
     history = loop.fit(
         name="stage1",

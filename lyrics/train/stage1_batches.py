@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lyrics.model.inputs import TextTokenizer, VisualBatch
-from lyrics.refiner.features import RefinedImage, RefinedSplit
+from lyrics.refiner.features import RefinedImage, RefinedSplit, see
 from lyrics.refiner.spatial_text import CoordinateFormat, object_pieces
 from lyrics.seeding import rng
 from lyrics.train.losses import IGNORED
@@ -126,7 +126,7 @@ class Stage1Data:
         masked = [self._mask(s, d) for s, d in zip(spatial, draws, strict=True)]
         same_image_BB = _equal([i.image_id for i in images])
         same_caption_BB = same_image_BB | _equal(captions)
-        visual = self.tokenizer.visual_batch([split.seen(image_id) for split, image_id in chosen[own]])
+        visual = self.tokenizer.visual_batch(see(chosen[own]))
         hidden_bN2 = np.zeros((*visual.local.object_mask_BN.shape, 2), dtype=bool)
         for row, one in enumerate(masked[own]):
             hidden_bN2[row, : len(one.hidden_N2)] = one.hidden_N2

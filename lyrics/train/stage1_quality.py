@@ -21,7 +21,8 @@ def measure(objectives: Objectives, config: Config, tokenizer: TextTokenizer) ->
     """Retrieval recall among at most 200 pictures, ITM accuracy on hard negatives, MSP accuracy."""
     from lyrics.train.stage1 import open_splits, stage1_data
 
-    data = stage1_data(config, tokenizer, open_splits(HELD_OUT)[:1])
+    device = objectives.mq_former.temperature.device
+    data = stage1_data(config, tokenizer, open_splits(HELD_OUT, config, device)[:1])
     count = min(MOST, len(data))
     if count < 2:
         return {}

@@ -59,8 +59,8 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     """The `finetune` verb: writes model.safetensors, adapter/, config.json and history.jsonl."""
     device = devices.pick_device(config.device)
     numerics.use_deterministic_kernels()
-    data = _data(config)
     with devices.joined(device) as ranks:
+        data = _data(config, device, ranks)
         ranks.check(config.stage2.batch_size, config.stage2.accumulate, "stage2")
         model = build(config)
         start_projection(model, data, device)
@@ -71,12 +71,12 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
             _save(work / "out", model, weights, adapter, config, history)
 
 
-def _data(config: Config) -> Stage2Data:
+def _data(config: Config, device: torch.device, ranks: Ranks) -> Stage2Data:
     """
     Raises:
         InputError: there are no samples, or some have nothing to learn from.
     """
-    splits = open_splits((TRAIN_SPLIT,))
+    splits = open_splits((TRAIN_SPLIT,), config, device, ranks)
     if not splits or not splits[0].samples:
         raise InputError(f"Stage 2 found no samples in data/refined/{TRAIN_SPLIT}; give the source an instruct split")
     if missing := without_target(splits[0].samples):
@@ -132,10 +132,11 @@ def train(
             part = batch.part(slice(start + own.start, start + own.stop))
 
             def losses(part: Stage2Batch = part) -> dict[str, Tensor]:
+                seen = part.seen
                 with numerics.autocast(device, settings.precision):
                     loss = wrapped(
                         part.instructions,
-                        part.seen,
+                        seen,
                         part.answers,
                         part.spatial_texts,
                         settings.loss_average,

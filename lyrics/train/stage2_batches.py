@@ -4,6 +4,7 @@ Every draw is keyed by (seed, step, slot): any sample of any step can be had alo
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Literal
@@ -57,13 +58,20 @@ class Stage2Batch:
     """Samples, each with its id; instruction and answer of a dialogue are tuples, one text for each turn."""
 
     ids: tuple[str, ...]
+    image_ids: list[str]
     instructions: list[Texts]
-    seen: list[SeenImage]
     answers: list[Texts]
     spatial_texts: list[str]
+    split: RefinedSplit = dataclasses.field(compare=False, repr=False)
+
+    @functools.cached_property
+    def seen(self) -> list[SeenImage]:
+        """Read, or looked at, when it is first asked for: of a part without the rest."""
+        return self.split.see(self.image_ids)
 
     def part(self, rows: slice) -> "Stage2Batch":
-        return Stage2Batch(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+        names = [field.name for field in dataclasses.fields(self) if field.name != "split"]
+        return Stage2Batch(split=self.split, **{name: getattr(self, name)[rows] for name in names})
 
     def not_finite(self) -> list[str]:
         return not_finite(self.ids, self.seen)
@@ -150,11 +158,12 @@ class Stage2Data:
         return Stage2Batch(
             ids=tuple(s.sample_id for s in samples),
             instructions=[i for _, i, _, _ in chosen],
-            seen=[self.split.seen(s.image_id) for s in samples],
+            image_ids=[s.image_id for s in samples],
             answers=[a for *_, a, _ in chosen],
             spatial_texts=[
                 self.split.images[s.image_id].spatial_text if with_spatial else "" for s, *_, with_spatial in chosen
             ],
+            split=self.split,
         )
 
     def _draw(self, step: int, slot: int) -> tuple[Sample, Texts, Texts, bool]:

@@ -87,7 +87,7 @@ def _refine(raw: Path, folder: Path, config: Config) -> None:
             )
         )
     folder.mkdir(parents=True)
-    features.write_shard(features.shard_folder(folder, 0), images, tokens, max_objects=10)
+    features.write_shard(features.shard_folder(folder, 0), zip(images, tokens, strict=True), max_objects=10)
     features.write_images(folder / features.IMAGES_FILE, images)
     features.write_samples(folder / features.SAMPLES_FILE, split.samples)
 

@@ -26,7 +26,7 @@ from transformers import BertConfig, BertModel
 from lyrics import io, stage
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.model import pretrained
-from lyrics.refiner import features
+from lyrics.refiner import shard_files
 from lyrics.track import runs
 from lyrics.train import checkpoint
 
@@ -49,7 +49,7 @@ def parquet(folder: Path) -> None:
 
 
 def features_array(folder: Path) -> None:
-    features._save(folder, "image_tokens", NOISE.reshape(100, 100, 100) / 255)
+    shard_files.save(folder / "image_tokens.npy", NOISE.reshape(100, 100, 100).astype(np.float16))
 
 
 def picture(folder: Path) -> None:

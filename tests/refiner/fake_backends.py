@@ -67,7 +67,7 @@ class FakeEncoder:
         squares = [np.asarray(image.resize((16, 16)), np.float32) for image in images]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
-    def look(self, images, device):
+    def look(self, images, device, batch_size=None):
         return self(self.preprocess(images))
 
     def __call__(self, pixels_B3HW):
@@ -76,7 +76,8 @@ class FakeEncoder:
 
 
 def fake_refiner(**settings):
-    chosen = {"coordinate_format": "grid100", "max_objects": 2, "images_per_shard": 3, "batch_size": 2, **settings}
+    chosen = {"coordinate_format": "grid100", "max_objects": 2, "images_per_shard": 3, "batch_size": 2}
+    chosen |= {"features": "cached", "feature_dtype": "fp16", **settings}
     return Refiner(
         tagger=FakeTagger(),
         detector=FakeDetector(),

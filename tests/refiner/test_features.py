@@ -38,14 +38,18 @@ def make_tokens(seed, objects):
     )
 
 
+def write(folder, images, tokens, **options):
+    write_shard(folder, zip(images, tokens, strict=True), max_objects=MAX_OBJECTS, **options)
+
+
 @pytest.fixture
 def split(tmp_path):
     """Three images in two shards: two objects, none, all that fit."""
     counts = [2, 0, MAX_OBJECTS]
     images = [make_image(f"i{n}", n // 2, n % 2, count) for n, count in enumerate(counts)]
     tokens = [make_tokens(n, count) for n, count in enumerate(counts)]
-    write_shard(tmp_path / "shard-00000", images[:2], tokens[:2], MAX_OBJECTS)
-    write_shard(tmp_path / "shard-00001", images[2:], tokens[2:], MAX_OBJECTS)
+    write(tmp_path / "shard-00000", images[:2], tokens[:2])
+    write(tmp_path / "shard-00001", images[2:], tokens[2:])
     features.write_images(tmp_path / "images.parquet", images)
     samples = [
         Sample(sample_id="s0", image_id="i0", task="caption", kind="caption", references=("a", "b")),
@@ -81,7 +85,7 @@ def test_a_copy_in_another_process_reads_the_same(split):
 def test_the_same_content_is_the_same_bytes(split, tmp_path_factory):
     folder, images, tokens, _ = split
     again = tmp_path_factory.mktemp("again") / "shard-00000"
-    write_shard(again, images[:2], tokens[:2], MAX_OBJECTS)
+    write(again, images[:2], tokens[:2])
     for file in sorted(again.iterdir()):
         assert file.read_bytes() == (folder / "shard-00000" / file.name).read_bytes(), file.name
 
@@ -110,9 +114,9 @@ def test_a_damaged_table_is_refused_by_name(split):
 def test_values_too_large_for_float16_are_clipped_and_nan_is_refused(split, tmp_path):
     _, images, tokens, _ = split
     tokens[0].image_tokens_PD[0, 0] = 1e6
-    write_shard(tmp_path / "large", images[:1], tokens[:1], MAX_OBJECTS)
+    write(tmp_path / "large", images[:1], tokens[:1])
     assert np.load(tmp_path / "large" / "image_tokens.npy").max() == np.finfo(np.float16).max
     tokens[0].image_tokens_PD[0, 0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
-        write_shard(tmp_path / "nan", images[:1], tokens[:1], MAX_OBJECTS)
+        write(tmp_path / "nan", images[:1], tokens[:1])
     assert not (tmp_path / "nan").exists()

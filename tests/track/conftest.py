@@ -44,14 +44,17 @@ class Lyrics:
     def settings(self):
         from lyrics.config import Refine
 
-        return Refine(coordinate_format="decimal3", max_objects=2, images_per_shard=5, batch_size=2)
+        return Refine(
+            coordinate_format="decimal3", max_objects=2, images_per_shard=5, batch_size=2,
+            features="cached", feature_dtype="fp16",
+        )
 
     def preprocess(self, images):
         import torch
 
         return torch.tensor([image.getpixel((0, 0)) for image in images], dtype=torch.float32)
 
-    def look(self, images, device):
+    def look(self, images, device, batch_size=None):
         return self(self.preprocess(images))
 
     def __call__(self, pixels_B3):

@@ -119,9 +119,8 @@ def make(folder: Path, config: Config) -> None:
 def _write_split(split: str, count: int) -> None:
     folder = stage1.REFINED / split
     drawn = [_picture(split, row) for row in range(count)]
-    features.write_shard(
-        features.shard_folder(folder, 0), [i for i, _, _ in drawn], [t for _, t, _ in drawn], MAX_OBJECTS
-    )
+    pictures = ((image, tokens) for image, tokens, _ in drawn)
+    features.write_shard(features.shard_folder(folder, 0), pictures, max_objects=MAX_OBJECTS)
     features.write_images(folder / features.IMAGES_FILE, [image for image, _, _ in drawn])
     features.write_samples(folder / features.SAMPLES_FILE, [s for *_, samples in drawn for s in samples])
 

@@ -61,7 +61,7 @@ CAPTIONS = First(3, ("caption",), without_spatial=1.0)
 
 def data(samples: tuple[Sample, ...] = SAMPLES, **changes: Any) -> Stage2Data:
     image = SimpleNamespace(width=10, height=10, spatial_text="cup 0 0 50 50;")
-    split: Any = SimpleNamespace(samples=list(samples), images={"1": image}, seen=lambda image_id: image_id)
+    split: Any = SimpleNamespace(samples=list(samples), images={"1": image})
     settings = {"shares": "sqrt", "without_spatial": 0.5, "spatial_text_in_llm": True, "first": CAPTIONS, "seed": 0}
     return Stage2Data(split, coordinate_format="grid100", **{**settings, **changes})
 
