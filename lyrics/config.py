@@ -251,7 +251,7 @@ class Refine:
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Engine:
-    """Who works on the shards of `refine`: `local` processes, or actors on a Ray cluster. Both give the same bytes.
+    """Who works on the shards of `clean` and `refine`: `local` processes, or actors on a Ray cluster; same bytes.
 
     `address`: HOST:PORT of a running cluster's head (ray only; None: a cluster on this machine, ended afterwards).
     `gpus_per_worker`: 0 hides the GPUs from workers of ray, and leaves those of local what this process sees; a

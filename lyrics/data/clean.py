@@ -11,9 +11,10 @@ earlier filter, mismatches among what is then left.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from lyrics import io
+from lyrics import engine, io
 from lyrics.data import clean_page, clean_report, files, filters
 from lyrics.data.clean_judge import Verdict, judge_shard, read_verdicts, read_words, write_verdicts
 from lyrics.data.formats import ABSENT
@@ -32,7 +33,7 @@ from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 
 if TYPE_CHECKING:
-    from lyrics.config import Clean, Config
+    from lyrics.config import Clean, Config, Engine
     from lyrics.stage import Tracker
 
 RAW = Path("data/raw")
@@ -68,9 +69,9 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     if not shards and not (WEB / ABSENT).exists():
         raise InputError(f"{WEB} holds no .tar with pairs; make them with: python -m lyrics ingest")
     unsafe = read_words(UNSAFE_WORDS) if config.clean.drop_unsafe_words else []
-    encoder = _load_encoder(config)
+    load_encoder = functools.partial(_load_encoder, config.clean.max_better_captions, config.device)
     started = time.perf_counter()
-    report = clean(shards, config.clean, encoder, work, unsafe)
+    report = clean(shards, config.clean, load_encoder, work, unsafe, config.engine, tracker)
     seconds = time.perf_counter() - started
     if TRUTH.exists():  # read only now: every decision is made
         report["score"] = clean_report.score(ledger(shards, work), clean_report.read_truth(TRUTH))
@@ -87,33 +88,59 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
 
 
 def clean(
-    shards: Sequence[Path], settings: "Clean", encoder: Encoder | None, work: Path, unsafe: Sequence[str] = ()
+    shards: Sequence[Path],
+    settings: "Clean",
+    load_encoder: Callable[[], Encoder | None],
+    work: Path,
+    unsafe: Sequence[str],
+    by: "Engine",
+    tracker: "Tracker",
 ) -> dict[str, Any]:
     """Judge all pairs and write the kept ones to `work/kept`; a shard that an earlier run finished is not done again.
 
     Every pass goes from one file a shard to the next and holds a part of a shard (for matching, the embeddings of one);
-    of all pictures only the index of duplicates knows something, some 160 bytes each.
+    of all pictures only the index of duplicates knows something, some 160 bytes each. That pass is the driver's, since
+    it needs all shards in order; the others are done by an engine's workers.
 
     Args:
-        encoder: None where there is no image–text model: mismatches are then not checked, and counted so.
+        load_encoder: called in each worker; gives None where there is no image–text model: mismatches are then not
+            checked, and counted so. Picklable.
         unsafe: words and phrases that no kept caption has.
+        by: the engine.
 
     Returns:
         The report.
     """
-    for tar in tqdm(shards, "clean: pictures and captions"):
-        judge_shard(_of(tar, work, "judged"), tar, settings, unsafe)
+
+    def each(name: str, load: Callable[[], Callable[[Path], int]], done: Callable[[Path], bool]) -> None:
+        engine.run_shards(by, load, shards, done=done, name=f"clean/{name}", tracker=tracker)
+
+    def written(folder: str) -> Callable[[Path], bool]:
+        return lambda tar: _of(tar, work, folder).exists()
+
+    each("judge", functools.partial(_judging, work, settings, unsafe), written("judged"))
     held_out = _find_copies(shards, work, settings.duplicate_hamming_bits)
-    not_checked = sum(
-        _match_shard(tar, work, encoder, settings.max_better_captions)
-        for tar in tqdm(shards, "clean: picture against caption")
-    )
-    for tar in shards:
-        destination = work / "kept" / tar.name
-        if not destination.with_suffix(".parquet").exists():  # written after the tar
-            write_tar(destination, _undropped(tar, _of(tar, work, "final")))
+    each("match", functools.partial(_matching, work, load_encoder, settings.max_better_captions), written("final"))
+    each("keep", functools.partial(_keeping, work), written("kept"))  # its table is written after the tar
+    not_checked = sum(_left(_of(tar, work, "unique")) for tar in shards if not _of(tar, work, "matched").exists())
     report = clean_report.summary(ledger(shards, work), {"mismatched": not_checked})
     return report | {"held_out": held_out}
+
+
+def _judging(work: Path, settings: "Clean", unsafe: Sequence[str]) -> Callable[[Path], int]:
+    """What a worker begins the first pass with; like the other two, it gives a function that does one shard."""
+    return lambda tar: judge_shard(_of(tar, work, "judged"), tar, settings, unsafe)
+
+
+def _matching(
+    work: Path, load_encoder: Callable[[], Encoder | None], max_better_captions: float | None
+) -> Callable[[Path], int]:
+    encoder = load_encoder()
+    return lambda tar: _match_shard(tar, work, encoder, max_better_captions)
+
+
+def _keeping(work: Path) -> Callable[[Path], int]:
+    return lambda tar: write_tar(work / "kept" / tar.name, _undropped(tar, _of(tar, work, "final")))
 
 
 def ledger(shards: Sequence[Path], work: Path) -> Iterator[dict[str, Any]]:
@@ -176,26 +203,27 @@ def _held_out_pictures() -> Iterator[tuple[str, Image.Image]]:
             raise InputError(f"{path} cannot be compared with the web: {error}; make it again with: ingest") from None
 
 
-def _load_encoder(config: "Config") -> Encoder | None:
-    if config.clean.max_better_captions is None:
+def _load_encoder(max_better_captions: float | None, device: str) -> Encoder | None:
+    if max_better_captions is None:
         return None
     from lyrics.foundation import clip, training
 
-    return clip.load_clip(CLIP, str(training.pick_device(config.device))) if clip.has_text_tower(CLIP) else None
+    return clip.load_clip(CLIP, str(training.pick_device(device))) if clip.has_text_tower(CLIP) else None
 
 
 def _match_shard(tar: Path, work: Path, encoder: Encoder | None, max_better_captions: float | None) -> int:
-    """From `unique` to `final`, with mismatches dropped; how many pairs could not be checked."""
-    unique, final = _of(tar, work, "unique"), _of(tar, work, "final")
-    left = sum(not verdict.reason for verdict in read_verdicts(unique))
-    if encoder is None or max_better_captions is None or left <= MIN_COMPARED:
-        if not final.exists():
-            write_verdicts(final, read_verdicts(unique))
-        return left
-    if not final.exists():
+    """From `unique` to `final`, with mismatches dropped; how many pairs were still in."""
+    unique = _of(tar, work, "unique")
+    left, verdicts = _left(unique), read_verdicts(unique)
+    if encoder is not None and max_better_captions is not None and left > MIN_COMPARED:
         shares = iter(_better_shares(_of(tar, work, "matched"), tar, unique, encoder))
-        write_verdicts(final, mark_mismatches(read_verdicts(unique), shares, max_better_captions))
-    return 0
+        verdicts = mark_mismatches(verdicts, shares, max_better_captions)
+    write_verdicts(_of(tar, work, "final"), verdicts)
+    return left
+
+
+def _left(verdicts: Path) -> int:
+    return sum(not verdict.reason for verdict in read_verdicts(verdicts))
 
 
 def mark_mismatches(verdicts: Iterable[Verdict], shares: Iterator[float], limit: float) -> Iterator[Verdict]:

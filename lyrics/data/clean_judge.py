@@ -83,11 +83,10 @@ def judge(pair: WebPair, settings: "Clean", unsafe: re.Pattern[str] | None = Non
     return verdict
 
 
-def judge_shard(path: Path, tar: Path, settings: "Clean", unsafe: Sequence[str]) -> None:
-    """Write what each pair of a shard tells by itself, unless that is there."""
-    if not path.exists():
-        pattern = filters.word_pattern(unsafe)
-        write_rows(path, (vars(judge(pair, settings, pattern)) for pair in read_pairs(tar)), VERDICT_SCHEMA)
+def judge_shard(path: Path, tar: Path, settings: "Clean", unsafe: Sequence[str]) -> int:
+    """Write what each pair of a shard tells by itself; returns how many there are."""
+    pattern = filters.word_pattern(unsafe)
+    return write_rows(path, (vars(judge(pair, settings, pattern)) for pair in read_pairs(tar)), VERDICT_SCHEMA)
 
 
 def read_verdicts(path: Path) -> Iterator[Verdict]:

@@ -20,9 +20,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write a parquet file, of whose rows a part is held at a time; what is there under its name is whole."""
-    left = iter(rows)
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+    """Write a parquet file, of whose rows a part is held at a time; what is there under its name is whole.
+
+    Returns:
+        The number of rows.
+    """
+    left, count = iter(rows), 0
     with io.atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while group := list(itertools.islice(left, _ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count

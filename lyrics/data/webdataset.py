@@ -152,8 +152,12 @@ def _pair(key: str, parts: dict[str, bytes], place: int) -> WebPair:
     return WebPair(key=key, image_bytes=image, caption=text, meta=meta, offset=place)
 
 
-def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
-    """Write a tar and its parquet table. Equal pairs give equal bytes: no times, owners or modes of this machine."""
+def write_tar(path: Path, pairs: Iterable[WebPair]) -> int:
+    """Write a tar and its parquet table. Equal pairs give equal bytes: no times, owners or modes of this machine.
+
+    Returns:
+        The number of pairs.
+    """
     rows = []
     with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as opened:
         for pair in pairs:
@@ -168,6 +172,7 @@ def write_tar(path: Path, pairs: Iterable[WebPair]) -> None:
             rows.append(_row(pair, meta))
     with atomic_path(path.with_suffix(".parquet")) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+    return len(rows)
 
 
 _SCHEMA = pa.schema(

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from lyrics import io
-from lyrics.config import Clean
+from lyrics.config import Clean, Engine
 from lyrics.data import clean, clean_judge, clean_page, clean_report, rows
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError
 from lyrics.stage import NullTracker
 
+ONE_WORKER = Engine(kind="local", address=None, workers=1, threads_per_worker=1, gpus_per_worker=0, retries=0)
 SETTINGS = Clean(
     min_side_px=48,
     max_aspect_ratio=4.0,
@@ -118,10 +119,11 @@ def web(tmp_path, monkeypatch):
 class Config:
     clean = SETTINGS
     device = "cpu"
+    engine = ONE_WORKER
 
 
 def run(work, monkeypatch, encoder):
-    monkeypatch.setattr(clean, "_load_encoder", lambda config: encoder)
+    monkeypatch.setattr(clean, "_load_encoder", lambda *_: encoder)
     if not clean.UNSAFE_WORDS.exists():
         io.write_text(clean.UNSAFE_WORDS, "")
     work.mkdir(parents=True, exist_ok=True)
@@ -202,14 +204,31 @@ def test_each_new_filter_can_be_switched_off(web, monkeypatch):
     verdict = clean_judge.judge(pair("a", jpeg(1), "A caf\u00c3\u00a9 by the sea"), settings)
     assert verdict.caption == "A caf\u00c3\u00a9 by the sea" and not verdict.repaired
     monkeypatch.setattr(Config, "clean", settings)
-    monkeypatch.setattr(clean, "_load_encoder", lambda config: None)
+    monkeypatch.setattr(clean, "_load_encoder", lambda *_: None)
     clean.run(Config, web / "work", NullTracker())
     assert io.read_json(web / "work/out/report.json")["dropped"]["unsafe"] == 0
 
 
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.soak)])
+def test_other_processes_write_the_same_bytes_as_this_one(web, monkeypatch, kind):
+    """Each worker loads what it needs by itself, so nothing here is patched."""
+    settings = dataclasses.replace(SETTINGS, max_better_captions=None)
+    monkeypatch.setattr(Config, "clean", settings)
+    written = []
+    for name, engine in (("here", ONE_WORKER), ("apart", dataclasses.replace(ONE_WORKER, kind=kind, workers=2))):
+        monkeypatch.setattr(Config, "engine", engine)
+        work = web / name
+        work.mkdir()
+        clean.run(Config, work, NullTracker())
+        out = work / "out"
+        written.append({path.name: path.read_bytes() for path in sorted(out.iterdir())})
+    assert {"00000.tar", "00001.tar", "ledger.parquet", "report.json", "report.html"} < set(written[0])
+    assert written[0] == written[1]
+
+
 def test_a_missing_list_of_words_is_named(web, monkeypatch):
     clean.UNSAFE_WORDS.unlink()
-    monkeypatch.setattr(clean, "_load_encoder", lambda config: None)
+    monkeypatch.setattr(clean, "_load_encoder", lambda *_: None)
     with pytest.raises(InputError, match=r"unsafe_words\.txt is no readable list.*drop_unsafe_words=false"):
         clean.run(Config, web / "work", NullTracker())
 

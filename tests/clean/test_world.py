@@ -6,12 +6,15 @@ import pytest
 import yaml
 
 from lyrics import seeding
-from lyrics.config import Clean, Dirt, SceneCounts, World
+from lyrics.config import Clean, Dirt, Engine, SceneCounts, World
 from lyrics.data import clean, clean_report
 from lyrics.data.webdataset import WebPair, write_tar
+from lyrics.stage import NullTracker
 from lyrics.world import datasets
 
 PARAMS = Path(__file__).parents[2] / "params"
+
+ONE_WORKER = Engine(kind="local", address=None, workers=1, threads_per_worker=1, gpus_per_worker=0, retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def scored(tmp_path_factory):
     write_tar(folder / "00000.tar", pairs)
     settings = Clean(**yaml.safe_load((PARAMS / "clean/tiny.yaml").read_text()))
     shards = [folder / "00000.tar"]
-    report = clean.clean(shards, settings, None, folder / "work")
+    report = clean.clean(shards, settings, lambda: None, folder / "work", (), ONE_WORKER, NullTracker())
     assert report["not_checked"]["mismatched"] == report["kept"]
     return clean_report.score(clean.ledger(shards, folder / "work"), ((item.key, item.dirt) for item in items))
 

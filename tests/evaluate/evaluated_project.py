@@ -97,7 +97,7 @@ def _clean(config: Config, folder: Path) -> None:
 
     work = folder / "clean-work"
     shards = sorted(Path("data/raw/web").glob("*.tar"))
-    report = clean.clean(shards, config.clean, None, work)
+    report = clean.clean(shards, config.clean, lambda: None, work, (), config.engine, NullTracker())
     report["score"] = clean_report.score(
         clean.ledger(shards, work), clean_report.read_truth(Path("data/raw/web_truth.parquet"))
     )
