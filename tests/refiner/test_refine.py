@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fake_backends import FakeEncoder, fake_refiner
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -16,6 +17,7 @@ from lyrics.errors import InputError
 from lyrics.foundation import masks
 from lyrics.refiner import features, quality, refine
 from lyrics.refiner.features import RefinedSplit
+from lyrics.refiner.online import Looker
 from lyrics.stage import NullTracker
 
 ONE_WORKER = Engine(kind="local", address=None, workers=1, threads_per_worker=1, gpus_per_worker=0, retries=0)
@@ -156,6 +158,35 @@ def test_nothing_depends_on_how_shards_are_cut(project, monkeypatch):
     assert (small.images["w6"].shard, large.images["w6"].shard) == (2, 0)
     for image_id in small.image_ids:
         np.testing.assert_array_equal(small.seen(image_id).image_tokens_PD, large.seen(image_id).image_tokens_PD)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_online_sees_what_cached_keeps(project, monkeypatch, dtype):
+    outs = {
+        how: run(project / how, monkeypatch, refiner=fake_refiner(features=how, feature_dtype=dtype))
+        for how in ("cached", "online")
+    }
+    assert not list(outs["online"].rglob("image_tokens*")) and list(outs["cached"].rglob("image_tokens.npy"))
+    for name in ("web", "test"):
+        cached = RefinedSplit(outs["cached"] / name)
+        online = RefinedSplit(outs["online"] / name, Looker(FakeEncoder(), torch.device("cpu"), batch_size=2))
+        assert cached.images == online.images
+        ids = [*reversed(cached.image_ids), cached.image_ids[0]]
+        for one, other in zip(cached.see(ids), online.see(ids), strict=True):
+            for key, value in vars(one).items():
+                np.testing.assert_array_equal(value, getattr(other, key), err_msg=key)
+    summaries = [io.read_json(out / "summary.json") for out in outs.values()]
+    assert [summary.pop("features") for summary in summaries] == ["cached", "online"]
+    assert summaries[0] == summaries[1] and summaries[0]["feature_dtype"] == dtype
+
+
+def test_a_picture_that_online_cannot_open_is_refused_by_name(project):
+    Path("data/raw/test/images/3.png").write_bytes(b"junk")
+    look = Looker(FakeEncoder(), torch.device("cpu"), batch_size=2)
+    with pytest.raises(InputError, match=r"images/3\.png cannot be used .*python -m lyrics ingest"):
+        look(["data/raw/test/images/2.png", "data/raw/test/images/3.png"])
+    with pytest.raises(InputError, match=r"images/9\.png cannot be read"):
+        look(["data/raw/test/images/9.png"])
 
 
 def test_the_oracle_reads_the_annotations_of_web_pairs(project, monkeypatch):
