@@ -114,6 +114,10 @@ class Oracle:
     refiner: Refiner
     objects: tuple[Annotation, ...]
 
+    @property
+    def settings(self) -> Refine:
+        return self.refiner.settings
+
     def refine(self, images: Sequence[Image.Image], _: object = None) -> list[RefinedObjects]:
         return self.refiner.refine(images, [self.objects] * len(images))
 

@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ class KnownObjects:
     """A refiner that finds the same objects in every picture."""
 
     tags: tuple[str, ...]
+    settings = SimpleNamespace(feature_dtype="fp16")
 
     def refine(self, images: list[Image.Image], annotations: object = None) -> list[RefinedObjects]:
         count, draw = len(self.tags), np.random.default_rng(3)

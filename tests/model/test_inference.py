@@ -18,6 +18,8 @@ from lyrics.model.language import Decoding
 class Parts:
     """Stand-ins for the frozen parts, which count how often they are called."""
 
+    settings = SimpleNamespace(feature_dtype="fp16")
+
     def __init__(self) -> None:
         self.encoded = self.refined = 0
 

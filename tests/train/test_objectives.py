@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Stage1Data:
     with contextlib.chdir(tmp_path_factory.mktemp("project")):
         small_project.make(Path.cwd(), config)
         tokenizer = TextTokenizer(load_text_tokenizer(stage1.FOUNDATION / "tokenizer"))
-        found = stage1.stage1_data(config, tokenizer, stage1.open_splits(("web",)))
+        found = stage1.stage1_data(config, tokenizer, stage1.open_splits(("web",), config, torch.device("cpu")))
         yield found
 
 

@@ -33,8 +33,8 @@ def project(damaged: str = "") -> tuple[Any, Any]:
         rows = [10.0 * "abc".index(one.name) + torch.arange(4.0) for one in seen]
         return torch.stack(rows)[..., None].expand(-1, -1, 2)
 
-    def look(image_id: str) -> Any:
-        return SimpleNamespace(name=image_id, tags=TAGS[image_id], is_finite=lambda: image_id != damaged)
+    def see(image_ids: list[str]) -> list[Any]:
+        return [SimpleNamespace(name=i, tags=TAGS[i], is_finite=lambda i=i: i != damaged) for i in image_ids]
 
     mq_former = torch.nn.Module()
     mq_former.config = SimpleNamespace(visual_queries=1)  # type: ignore[assignment]
@@ -48,7 +48,7 @@ def project(damaged: str = "") -> tuple[Any, Any]:
         template=SimpleNamespace(answer=lambda text: [WORDS.index(w) for w in f"{text} </s>".split()]),
     )
     samples = [caption("a", "red cup"), caption("b", "red cup and blue cup", "blue cup"), caption("c", "blue")]
-    return model, SimpleNamespace(split=SimpleNamespace(samples=samples, seen=look))
+    return model, SimpleNamespace(split=SimpleNamespace(samples=samples, see=see))
 
 
 def test_each_objects_output_is_told_what_no_tag_says() -> None:

@@ -201,6 +201,9 @@ def test_stage_2_says_at_once_which_features_are_not_finite(tmp_path: Path, serv
     make(tmp_path)
     with contextlib.chdir(tmp_path):
         mortal.Fate(0, "", Path(), Path())._poison()
+        for path in Path("data/refined/instruct").glob("*/shard.json"):  # as if they had been written so
+            found = {name: io.sha256_file(path.parent / name) for name in io.read_json(path)["sha256"]}
+            io.write_json(path, io.read_json(path) | {"sha256": found})
     life = Mortal(tmp_path, server, "finetune")()
     assert (life.code, life.steps) == (2, [])
     assert life.said.startswith("lyrics: The features of instruct-5-") and "\n" not in life.said.strip()
