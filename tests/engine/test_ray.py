@@ -111,9 +111,7 @@ def refined(work: Path, **engine: object) -> dict[str, bytes]:
 
 
 def same_bytes(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
-    assert (
-        len(expected) == 6 * 4 + 2 * 4 + 2 * 2 + 1
-    )  # shards with their shard.json, tables, the summary
+    assert len(expected) == 6 * 4 + 2 * 4 + 2 * 2 + 1  # shards with their shard.json, tables, the summary
     return found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected)
 
 
