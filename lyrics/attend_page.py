@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -20,6 +19,7 @@ from torch import Tensor
 from lyrics.attend import Examination
 from lyrics.drawing import object_colour
 from lyrics.model.occlusion import WAYS, Way
+from lyrics.pages import template
 
 _HERE = Path(__file__).parent
 _MAX_SIDE_PX = 768
@@ -66,16 +66,9 @@ class Table:
 
 
 def render(examination: Examination, picture: Image.Image) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = object_names(examination)
     style = (_HERE / "evaluate" / "template" / "report.css", _HERE / "attend.css")
-    return environment.get_template("attend.html").render(
+    return template(_HERE / "attend.html").render(
         e=examination,
         style="\n".join(path.read_text() for path in style),
         photo=data_uri(picture),

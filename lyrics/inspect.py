@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from lyrics.data.webdataset import open_image
 from lyrics.drawing import object_colour
 from lyrics.errors import InputError
 from lyrics.evaluate.pictures import outline
+from lyrics.pages import template
 from lyrics.refiner import features
 from lyrics.refiner.features import RefinedImage
 
@@ -85,7 +85,7 @@ def inspect(refined: Path, out: Path, splits: Sequence[str] = ()) -> Gallery:
     """
     chosen = _splits(refined, splits)
     _check_out(out, refined)
-    counts = {name: pq.read_metadata(refined / name / features.IMAGES_FILE).num_rows for name in chosen}
+    counts = {name: features.count_rows(refined / name / features.IMAGES_FILE) for name in chosen}
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -101,7 +101,7 @@ def inspect(refined: Path, out: Path, splits: Sequence[str] = ()) -> Gallery:
                 page, faults = _write_page(building, name, shard, list(group), progress)
                 pages[name].append(page)
                 missing += faults
-    text = _template("inspect_index.html").render(refined=refined, splits=pages, counts=counts, missing=missing)
+    text = template(_HERE / "inspect_index.html").render(refined=refined, splits=pages, counts=counts, missing=missing)
     io.write_text(building / INDEX, text)
     io.write_json(building / _MARK, {"images": counts, "missing": missing})
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _write_page(
     href = f"{split}-{shard:05d}.html"
     most = max((len(image.tags) for image in images), default=0)
     _stream(
-        _template("inspect.html"),
+        template(_HERE / "inspect.html"),
         {"name": name, "split": split, "cards": cards, "tags": sorted(tags.items()), "most": most, "index": INDEX},
         building / href,
     )
@@ -196,20 +196,9 @@ def _objects(image: RefinedImage) -> Iterator[Object]:
         )
 
 
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
-
-
-def _stream(template: jinja2.Template, values: dict[str, Any], path: Path) -> None:
+def _stream(page: jinja2.Template, values: dict[str, Any], path: Path) -> None:
     """Written piece by piece: the page of ten thousand pictures is never held as one text."""
-    pieces: Iterable[str] = template.generate(**values)
+    pieces: Iterable[str] = page.generate(**values)
     with io.atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as opened:
         opened.writelines(pieces)
         opened.flush()

@@ -149,6 +149,13 @@ def test_what_cannot_be_shown_says_what_can(project: Path, refined: str, splits:
     assert not Path("out").exists()
 
 
+def test_a_damaged_table_is_named(project: Path) -> None:
+    Path("refined/val/images.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(InputError, match=r"val/images\.parquet cannot be read .* python -m lyrics refine"):
+        inspect(Path("refined"), Path("out"))
+    assert not Path("out").exists()
+
+
 def test_without_a_segmenter_there_are_boxes_alone(project: Path) -> None:
     plain = dataclasses.replace(refined_image(0, tags=("cup",)), masks=("",))
     features.write_images(project / "plain" / "val" / features.IMAGES_FILE, [plain])

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lyrics.data import files
 from lyrics.data.clean_report import BINS, REASONS
 from lyrics.data.webdataset import WebPair, read_pairs
+from lyrics.pages import template
 
 _HERE = Path(__file__).parent
 _THUMBNAIL_PX = 144
@@ -20,14 +19,7 @@ _QUALITY = 80
 
 def render(report: Mapping[str, Any], thumbnails: Mapping[tuple[str, str], str]) -> str:
     """Args: report: as in report.json. thumbnails: data URIs of what can be decoded, by shard and key."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("clean_page.html").render(
+    return template(_HERE / "clean_page.html").render(
         report=report,
         funnel=funnel(report),
         sheets={

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lyrics import io
 from lyrics.config import Config
 from lyrics.data.files import BadImageError
 from lyrics.errors import InputError
 from lyrics.evaluate import charts, gallery, pictures, plots
 from lyrics.evaluate.tasks import SYSTEMS
+from lyrics.pages import template
 
 WEB, CLEAN = Path("data/raw/web"), Path("data/clean")
 REFINED, FOUNDATION = Path("data/refined"), Path("models/foundation")
@@ -38,17 +37,10 @@ def write(reports: Path, config: Config) -> None:
 
 
 def render(evaluation: Mapping[str, Any], samples: Path, config: Config) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     of_splits = gallery.cards(
         samples, REFINED, config.evaluate.gallery_size, config.seed, config.refine.coordinate_format
     )
-    return environment.get_template("report.html").render(
+    return template(_TEMPLATE / "report.html").render(
         config=config,
         evaluation=evaluation,
         style=(_TEMPLATE / "report.css").read_text(),

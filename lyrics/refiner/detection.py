@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import ops
 
 from lyrics.config import DetectorPart
@@ -97,6 +98,11 @@ class NoDetector:
         return [empty(0) for _ in images]
 
 
+def _detections(boxes_xyxy: Tensor, tag_index: Tensor, score: Tensor, features: Tensor) -> Detections:
+    boxes, tags, scores, described = (x.cpu().numpy() for x in (boxes_xyxy, tag_index, score, features))
+    return Detections(boxes_xyxy=boxes, tag_index=tags, score=scores, features=described)
+
+
 class RegionDetector:
     """Class-agnostic boxes, each given the tag of the picture that its region resembles most.
 
@@ -127,14 +133,7 @@ class RegionDetector:
             score = proposal.objectness * probability
             order = torch.argsort(score, descending=True, stable=True)
             order = order[score[order] > threshold]
-            found.append(
-                Detections(
-                    boxes_xyxy=proposal.boxes_xyxy[order].cpu().numpy(),
-                    tag_index=index[order].cpu().numpy(),
-                    score=score[order].cpu().numpy(),
-                    features=proposal.features[order].cpu().numpy(),
-                )
-            )
+            found.append(_detections(proposal.boxes_xyxy[order], index[order], score[order], proposal.features[order]))
         return found
 
 
@@ -164,11 +163,8 @@ class FileDetector:
         ):
             limit = torch.tensor([image.width, image.height] * 2, device=one.device)
             detections.append(
-                Detections(
-                    boxes_xyxy=(one[:, :4] / scale).clamp(min=0).minimum(limit).cpu().numpy(),
-                    tag_index=one[:, 5].long().cpu().numpy(),
-                    score=one[:, 4].cpu().numpy(),
-                    features=feature.float().cpu().numpy(),
+                _detections(
+                    (one[:, :4] / scale).clamp(min=0).minimum(limit), one[:, 5].long(), one[:, 4], feature.float()
                 )
             )
         return detections
@@ -199,11 +195,11 @@ class GroundedDetector:
             limit = torch.tensor([image.width, image.height] * 2, device=score.device)
             boxes_xyxy = torch.cat([look.boxes_xyxy for look in looks])[order]
             found.append(
-                Detections(
-                    boxes_xyxy=boxes_xyxy.clamp(min=0).minimum(limit).cpu().numpy(),
-                    tag_index=index[order].cpu().numpy(),
-                    score=score[order].cpu().numpy(),
-                    features=torch.cat([look.features_QD for look in looks])[order].cpu().numpy(),
+                _detections(
+                    boxes_xyxy.clamp(min=0).minimum(limit),
+                    index[order],
+                    score[order],
+                    torch.cat([look.features_QD for look in looks])[order],
                 )
             )
         return found

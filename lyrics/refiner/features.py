@@ -6,7 +6,6 @@ shard.json (see `shard_files`).
 """
 
 import dataclasses
-import itertools
 import os
 import shutil
 from collections import OrderedDict
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from lyrics import io
 from lyrics.data.records import Sample
+from lyrics.data.rows import write_rows
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
 from lyrics.refiner import shard_files
@@ -135,7 +135,7 @@ def _pack(folder: Path, name: str, array_XD: np.ndarray, feature_dtype: FeatureD
 
 
 def write_images(path: Path, images: Iterable[RefinedImage]) -> None:
-    _write_table(path, (vars(image) for image in images), _IMAGE_SCHEMA)
+    write_rows(path, map(vars, images), _IMAGE_SCHEMA, "zstd")
 
 
 def read_images(path: Path) -> list[RefinedImage]:
@@ -150,8 +150,20 @@ def stream_images(path: Path) -> Iterator[RefinedImage]:
         yield RefinedImage(**row)
 
 
+def count_rows(path: Path) -> int:
+    """Of a table, without reading them.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+
+
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    _write_table(path, (vars(sample) for sample in samples), _SAMPLE_SCHEMA)
+    write_rows(path, map(vars, samples), _SAMPLE_SCHEMA, "zstd")
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -273,14 +285,6 @@ def shard_folder(split: Path, number: int) -> Path:
     return split / f"shard-{number:05d}"
 
 
-def _write_table(path: Path, rows: Iterable[dict], schema: pa.Schema) -> None:
-    """In groups of rows, so that a table of any length is written without being held."""
-    waiting = iter(rows)
-    with io.atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        while group := list(itertools.islice(waiting, _ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-
-
 def _stream_table(path: Path, schema: pa.Schema) -> Iterator[dict]:
     try:
         with pq.ParquetFile(path) as table:
@@ -289,4 +293,8 @@ def _stream_table(path: Path, schema: pa.Schema) -> Iterator[dict]:
             for group in table.iter_batches(_ROWS_PER_GROUP, columns=schema.names):
                 yield from pa.Table.from_batches([group]).cast(schema).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read ({error}); make it again with: python -m lyrics refine") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read ({error}); make it again with: python -m lyrics refine")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -184,7 +183,7 @@ def _counts(split: PlannedSplit, published: Path) -> dict[str, float]:
     objects = [len(image.tags) for image in _images(split)]
     return {
         "images": len(objects),
-        "samples": pq.read_metadata(published / features.SAMPLES_FILE).num_rows,
+        "samples": features.count_rows(published / features.SAMPLES_FILE),
         "objects": sum(objects),
         "objects_per_image": round(sum(objects) / max(len(objects), 1), 4),
         "images_without_objects": objects.count(0),

@@ -1,18 +1,16 @@
 """The pictures that are refined: cleaned web pairs and the annotated splits."""
 
-import array
-import collections
+import contextlib
 import dataclasses
-import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from lyrics.data.annotated import read_split
+from lyrics.data.disk_index import Index
 from lyrics.data.records import Annotation, ImageRecord, Sample
 from lyrics.data.webdataset import WebPair, read_pairs
 from lyrics.errors import InputError
@@ -65,26 +63,18 @@ def caption_sample(image: ImageRecord) -> Sample:
 
 
 def _read_web(tars: Sequence[Path]) -> Iterator[ImageRecord]:
-    """Every pair; at the end keys are known to be unique. Of each, eight bytes are held for that."""
-    hashes = array.array("Q")
-    for tar in tars:
-        for pair in read_pairs(tar):
-            hashes.append(_hash(pair.key))
-            yield _web_record(tar, pair)
-    ordered = np.sort(np.frombuffer(hashes, np.uint64))
-    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if suspects:
-        keys = (pair.key for tar in tars for pair in read_pairs(tar))
-        counts = collections.Counter(key for key in keys if _hash(key) in suspects)
-        repeated = [key for key, count in counts.items() if count > 1]
-        if repeated:
-            raise InputError(
-                f"{CLEAN} has {len(repeated)} keys more than once, first {repeated[0]}; keys must be unique"
-            )
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    """Every pair; at the end keys are known to be unique."""
+    repeated: dict[str, None] = {}
+    with contextlib.closing(Index()) as keys:
+        for tar in tars:
+            for pair in read_pairs(tar):
+                if not keys.add(pair.key):
+                    repeated[pair.key] = None
+                yield _web_record(tar, pair)
+    if repeated:
+        raise InputError(
+            f"{CLEAN} has {len(repeated)} keys more than once, first {next(iter(repeated))}; keys must be unique"
+        )
 
 
 def _web_record(tar: Path, pair: WebPair) -> ImageRecord:
