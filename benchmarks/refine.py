@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.stage1 import cpu_name, high_water_mark, keep_freed_memory, timed
+from benchmarks.stage1 import cpu_name, high_water_mark, timed
 from benchmarks.table import write_table
 from lyrics import config as schema
 from lyrics.data.webdataset import open_image
@@ -27,6 +27,7 @@ from lyrics.errors import InputError
 from lyrics.foundation import detector, manifest, segmenter, yolo
 from lyrics.foundation.quality import match
 from lyrics.model.vision import load_image_encoder
+from lyrics.process import keep_freed_memory
 from lyrics.refiner.ahead import ahead
 from lyrics.refiner.refiner import load_refiner
 

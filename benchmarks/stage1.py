@@ -7,7 +7,6 @@ clock starts. Programs take turns, step by step, so that a busy machine slows al
 """
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import math
@@ -27,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.stage1_programs import OURS, PAIRS, PEERS, Program, build, patches
 from benchmarks.table import write_table
 from lyrics import numerics
+from lyrics.process import keep_freed_memory
 
 CPU = torch.device("cpu")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of a loss
 MATMUL_SIDE = 2048
 NAMES = (OURS, *PEERS)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +89,6 @@ def alternate(
     return seconds, 2 * MATMUL_SIDE**3 / best
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees; else page faults, dear in virtual machines, fall on whoever comes next.
-
-    It may hold more than it would otherwise, so peak memory is measured without.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_MAX, 0)
-
-
 def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -146,7 +135,10 @@ def high_water_mark() -> int:
 
 
 def measure(width: str, precision: numerics.Precision, repeats: int) -> tuple[list[Measured], float]:
-    """All programs at one width, and the FLOP/s of the best matrix product."""
+    """All programs at one width, and the FLOP/s of the best matrix product.
+
+    Steps are timed as stages run, with freed memory kept; peak memory is taken in processes that give it back.
+    """
     keep_freed_memory()
     memory = {name: peak_memory(width, name, precision) for name in NAMES}
     programs = build(width, NAMES)

@@ -139,12 +139,13 @@ def _trainer(stage: str) -> Callable[..., None]:
 def worker(stage: str, work: Path, run_id: Annotated[str | None, typer.Option()] = None) -> None:
     """One of the processes that train a stage together; torchrun starts it and says which it is."""
     from lyrics import config
-    from lyrics.process import die_with_parent
+    from lyrics.process import die_with_parent, keep_freed_memory
     from lyrics.stage import NullTracker, verdict
     from lyrics.track import runs
     from lyrics.train.launch import report_failure
 
     die_with_parent()
+    keep_freed_memory()
     rank = int(os.environ.get("RANK", 0))
     try:
         with runs.continued(run_id) if run_id and rank == 0 else contextlib.nullcontext(NullTracker()) as tracker:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lyrics.errors import InputError
+from lyrics.process import keep_freed_memory
 from lyrics.stage import is_forbidden, is_full_disk
 
 Do = Callable[[Any], int]
@@ -46,6 +47,7 @@ def begin(load: bytes, threads: int) -> Do:
     The number of threads is told to OpenMP before torch is imported, which unpickling `load` may do, and to torch as
     soon as it is there: OpenMP alone would take no more than there are processors.
     """
+    keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     loaded = pickle.loads(load)
     _tell_torch(threads)

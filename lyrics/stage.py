@@ -17,7 +17,7 @@ import filelock
 
 from lyrics import dag, io
 from lyrics.errors import InputError, RetryableError
-from lyrics.process import die_with_parent
+from lyrics.process import die_with_parent, keep_freed_memory
 
 WORK = Path("build/work")
 TOKENS = Path("build/tokens")
@@ -81,6 +81,7 @@ def run_stage(name: str, body: Callable[[Path], None]) -> None:
     """
     stage = _spec(name)
     die_with_parent()
+    keep_freed_memory()
     with locked(name), leaving_token(name):
         work = WORK / name / fingerprint(stage)
         _keep_only(work)

@@ -20,8 +20,10 @@ def rehearse(stage: str, batch: int, values: dict, assumed: dict) -> dict[str, f
     from lyrics import numerics
     from lyrics.plan import parts, steps
     from lyrics.plan.hardware import Assumptions
+    from lyrics.process import keep_freed_memory
 
     config = schema.parse(values)
+    keep_freed_memory()  # as a stage does
     numerics.use_deterministic_kernels()
     assumptions = TypeAdapter(Assumptions).validate_python(assumed)
     built = parts.build(config, assumptions, "cpu")
