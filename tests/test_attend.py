@@ -57,9 +57,9 @@ class Tower(nn.Module):
         super().__init__()
         self.prefix = prefix
 
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
         patches = nn.functional.adaptive_avg_pool2d(pixels_B3HW, (4, 3)).flatten(2).transpose(1, 2)
-        return torch.cat([patches.mean(1, keepdim=True)] * self.prefix + [patches], dim=1)
+        return torch.cat([patches.mean(1, keepdim=True)] * self.prefix + [patches], dim=1), []
 
 
 @dataclasses.dataclass(frozen=True)

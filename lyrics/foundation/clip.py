@@ -22,7 +22,7 @@ from lyrics.foundation.manifest import OWN_LICENCE, Made
 from lyrics.io import write_json
 from lyrics.model import pretrained
 from lyrics.model.pictures import made
-from lyrics.model.vision import PREPROCESSING, Preprocessing, timm_network, tokens_key
+from lyrics.model.vision import PREPROCESSING, Preprocessing, seen_key, timm_network
 from lyrics.stage import Tracker
 
 if TYPE_CHECKING:
@@ -109,9 +109,10 @@ class Clip:
         Where the image encoder of the same folder has seen them, its tokens are the layer's input.
         """
         vision: Any = self.model.vision_model
-        seen_BPD = made(images, tokens_key(self.origin, self.device))
-        if seen_BPD is not None:
-            yield vision.encoder.layers[-1](seen_BPD, attention_mask=None)
+        seen = made(images, seen_key(self.origin, self.device))
+        if seen is not None:
+            tokens_BPD, _ = seen
+            yield vision.encoder.layers[-1](tokens_BPD, attention_mask=None)
             return
         for chunk in _chunks(images):
             yield vision(pixel_values=self.preprocess(chunk).to(self.device)).last_hidden_state

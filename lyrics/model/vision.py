@@ -1,9 +1,10 @@
 """The frozen image encoder (paper section 1): patches of a picture as tokens.
 
-A CLIP tower gives its penultimate layer, class token first; an EfficientNet its last feature map, row by row.
-Pictures are resized to a square, not cropped: a box in fractions of the picture is the same box in the grid.
+A CLIP tower gives its penultimate layer, class token first; an EfficientNet its last feature map, row by row, and the
+finer maps before it, from which regions are described. Pictures are resized to a square, not cropped: a box in
+fractions of the picture is the same box in the grid.
 
-Shapes: B batch, P tokens, D width, H × W pixels, h × w grid.
+Shapes: B batch, P tokens, D width, C channels of a map, H × W pixels, h × w grid.
 """
 
 import json
@@ -60,10 +61,11 @@ class Preprocessing:
 
 
 class ImageEncoder(nn.Module):
-    """A frozen tower behind one face.
+    """A frozen tower behind one face: it gives tokens (B, P, D), and maps (B, C, h, w) that are finer than their grid.
 
     Attributes:
         width: D.
+        finer_channels: C of each finer map.
         grid: (h, w) of the patches.
         prefix_tokens: tokens before the patches (1 for CLIP's class token, 0 for a feature map).
         patches: P, prefix included.
@@ -78,10 +80,11 @@ class ImageEncoder(nn.Module):
         width: int,
         grid: tuple[int, int],
         prefix_tokens: int,
+        finer_channels: Sequence[int] = (),
         origin: str = "",
     ) -> None:
         super().__init__()
-        self.origin = origin
+        self.origin, self.finer_channels = origin, tuple(finer_channels)
         self.tower = tower.eval().requires_grad_(False)
         self.preprocess = preprocessing
         self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
@@ -92,8 +95,8 @@ class ImageEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        """Tokens (B, P, D)."""
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens (B, P, D) and the finer maps."""
         return self.tower(pixels_B3HW)
 
     def look(self, images: Sequence[Image.Image], device: torch.device, batch_size: int | None = None) -> Tensor:
@@ -103,16 +106,40 @@ class ImageEncoder(nn.Module):
             batch_size: a smaller batch is filled up to it and computed in this shape. Libraries choose their kernels
                 by the shape, so that without it the last bits would depend on how many pictures come together.
         """
+        return self._see(images, device, batch_size)[0]
 
-        def make(pictures: Sequence[Image.Image]) -> Tensor:
+    def region_maps(self, images: Sequence[Image.Image], device: torch.device) -> list[Tensor]:
+        """The maps that regions of pictures are pooled from, float32: (B, C, h, w), the patches' own the last.
+
+        Of several maps each cell is brought to mean 0 and length 1: put side by side they weigh the same, and the few
+        channels of the finer ones, which tell colours, are not drowned by the classes of the last.
+        """
+        tokens_BPD, finer = self._see(images, device)
+        patches_BDhw = self.feature_map(tokens_BPD).float()
+        if not finer:
+            return [patches_BDhw]
+        centred = (m.float() - m.float().mean(dim=1, keepdim=True) for m in (*finer, patches_BDhw))
+        return [F.normalize(map_BChw, dim=1) for map_BChw in centred]
+
+    @property
+    def region_width(self) -> int:
+        """Channels of all `region_maps`."""
+        return sum(self.finer_channels) + self.width
+
+    def _see(
+        self, images: Sequence[Image.Image], device: torch.device, batch_size: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        def make(pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Tensor]]:
+            count = len(pictures)
             pixels_B3HW = self.preprocess(pictures).to(device)
-            missing = max(0, (batch_size or 0) - len(pictures))
-            return self(F.pad(pixels_B3HW, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(pictures)]
+            missing = max(0, (batch_size or 0) - count)
+            tokens_BPD, finer = self(F.pad(pixels_B3HW, (0, 0, 0, 0, 0, 0, 0, missing)))
+            return tokens_BPD[:count], [map_BCHW[:count] for map_BCHW in finer]
 
-        return once(images, tokens_key(self.origin, device), make, ahead=False)
+        return once(images, seen_key(self.origin, device), make, ahead=False)
 
     def feature_map(self, tokens_BPD: Tensor) -> Tensor:
-        """The patches as a map (B, D, h, w), for pooling inside boxes and masks."""
+        """The patches as a map (B, D, h, w)."""
         patches = tokens_BPD[:, self.prefix_tokens :].transpose(1, 2)
         return patches.reshape(len(tokens_BPD), self.width, *self.grid)
 
@@ -126,24 +153,32 @@ class _Penultimate(nn.Module):
         vision_model.post_layernorm = nn.Identity()
         self.vision_model = vision_model
 
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.vision_model(pixel_values=pixels_B3HW).last_hidden_state
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.vision_model(pixel_values=pixels_B3HW).last_hidden_state, []
 
 
 class _FlatMap(nn.Module):
-    """The last feature map of a timm network, flattened."""
+    """The last feature map of a timm network, flattened, and the maps of its stages in `FINER`."""
+
+    FINER = (1, 2, 3)  # a fourth, an eighth and a sixteenth of the picture's side
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network: Any = network
 
-    def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.network.forward_features(pixels_B3HW).flatten(2).transpose(1, 2)
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        last_BDhw, finer = self.network.forward_intermediates(pixels_B3HW, indices=self.FINER)
+        return last_BDhw.flatten(2).transpose(1, 2), finer
 
 
-def tokens_key(origin: str, device: torch.device) -> tuple[str, str, str]:
-    """Under which a batch of `Pictures` keeps the tokens of an encoder."""
-    return ("tokens", origin, str(device))
+def finer_channels(network: Any) -> list[int]:
+    """Channels of the maps that regions of a timm network's pictures are described by, beside its last."""
+    return [network.feature_info[stage]["num_chs"] for stage in _FlatMap.FINER]
+
+
+def seen_key(origin: str, device: torch.device) -> tuple[str, str, str]:
+    """Under which a batch of `Pictures` keeps what an encoder saw: its tokens and finer maps."""
+    return ("seen", origin, str(device))
 
 
 def load_image_encoder(folder: Path) -> ImageEncoder:
@@ -165,6 +200,7 @@ def load_image_encoder(folder: Path) -> ImageEncoder:
             width=network.num_features,
             grid=(side, side),
             prefix_tokens=0,
+            finer_channels=finer_channels(network),
             origin=str(folder.resolve()),
         )
     from transformers import CLIPVisionModel

@@ -24,7 +24,7 @@ from lyrics.foundation import sam, segmenter
 from lyrics.model.language import add_lora
 from lyrics.model.mq_former import MQFormer, MQFormerConfig
 from lyrics.model.projection import Projection
-from lyrics.model.vision import timm_network
+from lyrics.model.vision import finer_channels, timm_network
 from lyrics.plan.hardware import Assumptions
 
 _HEADS = ("text_head", "image_projection", "text_projection", "matching_head", "temperature")  # stage 1's
@@ -51,6 +51,7 @@ class Encoder:
     network: nn.Module
     width: int
     patches: int
+    region_width: int  # of what describes an object where the annotations stand in
 
 
 def image_encoder(part: ClipPart) -> Encoder:
@@ -58,7 +59,8 @@ def image_encoder(part: ClipPart) -> Encoder:
     if part.source == "wheel":
         network: Any = timm_network(_known(_TIMM, part.name, "clip"))
         side = part.image_size_px // network.feature_info[-1]["reduction"]
-        return Encoder(network, network.num_features, side * side)
+        region_width = network.num_features + sum(finer_channels(network))
+        return Encoder(network, network.num_features, side * side, region_width)
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=part.hidden_size,
@@ -69,7 +71,7 @@ def image_encoder(part: ClipPart) -> Encoder:
             patch_size=part.patch_size_px,
         )
     )
-    return Encoder(tower, part.hidden_size, (part.image_size_px // part.patch_size_px) ** 2 + 1)
+    return Encoder(tower, part.hidden_size, (part.image_size_px // part.patch_size_px) ** 2 + 1, part.hidden_size)
 
 
 def last_layer(tower: nn.Module) -> nn.Module | None:
@@ -119,14 +121,15 @@ def vocabulary(config: Config) -> int:
 def mq_former_config(
     config: Config, assumed: Assumptions, encoder: Encoder, segmenter_width: int | None
 ) -> MQFormerConfig:
-    detector = {"annotations": encoder.width, "none": 0}.get(config.foundation.detector.source, assumed.detector_width)
+    widths = {"annotations": encoder.region_width, "none": 0}
+    detector = widths.get(config.foundation.detector.source, assumed.detector_width)
     return MQFormerConfig(
         **dataclasses.asdict(config.mq_former),
         vocabulary_size=vocabulary(config),
         pad_token_id=0,
         image_width=encoder.width,
         detector_width=detector,
-        segmenter_width=encoder.width if segmenter_width is None else segmenter_width,
+        segmenter_width=encoder.region_width if segmenter_width is None else segmenter_width,
         max_objects=config.refine.max_objects,
         temperature=config.stage1.temperature,
     )

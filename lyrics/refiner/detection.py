@@ -213,7 +213,7 @@ class AnnotationDetector:
 
         self._device = torch.device(device)
         self._encoder = load_image_encoder(clip).to(self._device)
-        self.width = self._encoder.width
+        self.width = self._encoder.region_width
 
     @torch.inference_mode()
     def detect(
@@ -230,14 +230,10 @@ class AnnotationDetector:
         if not any(kept):
             return [empty(self.width) for _ in images]
         boxes = [torch.tensor([box for box, _ in rows], dtype=torch.float32).reshape(-1, 4) for rows in kept]
-        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float()
-        height, width = map_BDHW.shape[-2:]
         # The encoder sees the whole picture as a square: boxes are scaled along each axis on its own.
-        scaled = [
-            b * torch.tensor([width / i.width, height / i.height] * 2) for b, i in zip(boxes, images, strict=True)
-        ]
-        pooled = ops.roi_align(map_BDHW, [b.to(map_BDHW) for b in scaled], 1, 1.0, sampling_ratio=2, aligned=True)
-        features = pooled.flatten(1).float().cpu().split([len(b) for b in boxes])
+        fractions = [b / torch.tensor([i.width, i.height] * 2) for b, i in zip(boxes, images, strict=True)]
+        pooled = [_pool(m, fractions) for m in self._encoder.region_maps(images, self._device)]
+        features = torch.cat(pooled, dim=1).cpu().split([len(b) for b in boxes])
         return [
             Detections(
                 boxes_xyxy=box.numpy(),
@@ -247,6 +243,13 @@ class AnnotationDetector:
             )
             for box, rows, feature in zip(boxes, kept, features, strict=True)
         ]
+
+
+def _pool(map_BCHW: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """RoIAlign of a map inside boxes in fractions of the picture, to one cell each: (all boxes, C)."""
+    size = torch.tensor([map_BCHW.shape[3], map_BCHW.shape[2]] * 2)
+    cells = [(box_N4 * size).to(map_BCHW) for box_N4 in boxes]
+    return ops.roi_align(map_BCHW, cells, 1, 1.0, sampling_ratio=2, aligned=True).flatten(1)
 
 
 def empty(width: int) -> Detections:

@@ -160,7 +160,7 @@ class AnnotationSegmenter:
 
         self._device = torch.device(device)
         self._encoder = load_image_encoder(clip).to(self._device)
-        self.width = self._encoder.width
+        self.width = self._encoder.region_width
 
     @torch.inference_mode()
     def segment(
@@ -173,11 +173,12 @@ class AnnotationSegmenter:
             return [nothing(self.width) for _ in images]
         truth = annotations if annotations is not None else [()] * len(images)
         boxes_per = [torch.from_numpy(np.asarray(boxes, np.float32).reshape(-1, 4)) for boxes in boxes_per_image]
-        map_BDHW = self._encoder.feature_map(self._encoder.look(images, self._device)).float().cpu()
+        maps = [map_BCHW.cpu() for map_BCHW in self._encoder.region_maps(images, self._device)]
         found = []
-        for image, boxes_N4, annotated, map_DHW in zip(images, boxes_per, truth, map_BDHW, strict=True):
+        for row, (image, boxes_N4, annotated) in enumerate(zip(images, boxes_per, truth, strict=True)):
             true_NHW = _true_masks(image, boxes_N4, annotated)
-            features = sam.average_under(map_DHW[None], [torch.from_numpy(true_NHW)], [boxes_N4])
+            under = [sam.average_under(m[row, None], [torch.from_numpy(true_NHW)], [boxes_N4]) for m in maps]
+            features = torch.cat(under, dim=1)
             found.append(Segments(masks=masks.encode(true_NHW), features=features.numpy()))
         return found
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_world import configuration
 
 from lyrics.data.records import Annotation, ImageRecord
@@ -81,7 +82,14 @@ def test_every_tensor_of_an_efficientnet_finds_its_place(tmp_path, monkeypatch):
     assert (encoder.width, encoder.grid, encoder.patches, encoder.prefix_tokens) == (1280, (2, 2), 4, 0)
     pixels = torch.randn(1, 3, 64, 64)
     expected = network.eval().forward_features(pixels)
-    torch.testing.assert_close(encoder.feature_map(encoder(pixels)), expected)
+    torch.testing.assert_close(encoder.feature_map(encoder(pixels)[0]), expected)
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    maps = encoder.region_maps(pictures, torch.device("cpu"))
+    assert [tuple(m.shape) for m in maps] == [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4), (2, 1280, 2, 2)]
+    assert encoder.region_width == 24 + 40 + 112 + 1280
+    for region_map in maps:  # of random weights, but of the same weight in what is put side by side
+        torch.testing.assert_close(region_map.norm(dim=1), torch.ones_like(region_map[:, 0]))
+        torch.testing.assert_close(region_map.mean(dim=1), torch.zeros_like(region_map[:, 0]), atol=1e-6, rtol=0)
     assert not clip.has_text_tower(out)
     with pytest.raises(InputError, match="no text tower"):
         clip.load_clip(out)

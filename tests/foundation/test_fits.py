@@ -122,7 +122,8 @@ def test_image_encoder_gives_the_penultimate_layer(project):
     encoder, whole = load_image_encoder(folder), clip.load_clip(folder)
     pixels = encoder.preprocess([Image.new("RGB", (SIDE, SIDE), "red"), Image.new("RGB", (50, 20))])
     assert pixels.shape == (2, 3, SIDE, SIDE)
-    tokens_BPD = encoder(pixels)
+    tokens_BPD, finer = encoder(pixels)
+    assert finer == []
     assert tokens_BPD.shape == (2, encoder.patches, encoder.width) == (2, 17, CLIP.hidden_size)
     every_layer = whole.model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(tokens_BPD, every_layer[-2])
@@ -140,7 +141,7 @@ def test_the_towers_of_a_folder_share_what_they_see(project):
     whole.model.vision_model.embeddings = None  # what was seen is not looked at again
     shared = whole.patch_features(pictures), whole.encode_images(pictures)
     alone = clip.load_clip(folder)
-    torch.testing.assert_close(tokens_BPD, encoder(encoder.preprocess(images)))
+    torch.testing.assert_close(tokens_BPD, encoder(encoder.preprocess(images))[0])
     torch.testing.assert_close(shared, (alone.patch_features(images), alone.encode_images(images)))
 
 

@@ -93,6 +93,20 @@ def test_the_oracle_reads_features_where_the_box_is(oracle):
     np.testing.assert_allclose(found.features[:, 0], [0.125, 0.875], atol=0.02)  # RoIAlign reads between the quarters
 
 
+def test_the_oracle_reads_finer_maps_beside_the_last(monkeypatch, tmp_path):
+    """A red object in a white quarter, whose mean hides its colour; the finer map tells it."""
+    monkeypatch.setattr("lyrics.model.vision.load_image_encoder", lambda _: quarter_encoder(finer=True))
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    pixels[2:4, 2:4] = (255, 0, 0)
+    finer = detection.AnnotationDetector(tmp_path)
+    truth = (Annotation(category="dot", box_xyxy=(2.0, 2.0, 4.0, 4.0)),)
+    (found,) = finer.detect([Image.fromarray(pixels)], [["dot"]], [truth])
+    assert found.features.shape == (1, finer.width) == (1, 6)
+    centred = np.array([2, -1, -1]) / np.sqrt(6)  # of length 1, as the last map's part is
+    np.testing.assert_allclose(found.features[0, :3], centred, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found.features[0, 3:]), 1.0, atol=1e-5)
+
+
 def test_the_oracle_without_annotations_finds_nothing(oracle):
     assert [len(found) for found in oracle.detect([PICTURE], [["star"]])] == [0]
 

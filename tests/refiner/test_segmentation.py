@@ -52,6 +52,23 @@ def test_the_oracle_fills_a_box_that_has_no_mask(oracle):
         assert np.array_equal(masks.decode(found.masks[0], 20, 40), expected)
 
 
+def test_the_oracle_reads_finer_maps_under_the_mask(monkeypatch, tmp_path):
+    """Two colours share a box; the mask tells which of them is the object's."""
+    monkeypatch.setattr("lyrics.model.vision.load_image_encoder", lambda _: quarter_encoder(finer=True))
+    pixels = np.full((16, 16, 3), (0, 0, 255), np.uint8)
+    shape = np.zeros((16, 16), np.uint8)
+    shape[2:6, 2:4] = 1
+    pixels[shape == 1] = (255, 0, 0)
+    rle = coco_mask.encode(np.asfortranarray(shape))
+    rle["counts"] = rle["counts"].decode()
+    oracle = segmentation.AnnotationSegmenter(tmp_path)
+    box = (2.0, 2.0, 6.0, 6.0)
+    truth = (Annotation(category="thing", box_xyxy=box, rle=rle),)
+    (found,) = oracle.segment([Image.fromarray(pixels)], [np.array([box], np.float32)], [truth])
+    assert found.features.shape == (1, oracle.width) == (1, 6)
+    np.testing.assert_allclose(found.features[0, :3], np.array([2, -1, -1]) / np.sqrt(6), atol=1e-5)
+
+
 @pytest.fixture
 def published(tmp_path):
     """Random weights in the layout of the published ones."""
