@@ -217,8 +217,9 @@ class Clean:
     `max_repetition`: share of a caption's neighbouring pairs of words that were there before in it.
     `drop_unsafe_words`: those of params/unsafe_words.txt. `repair_encodings`: captions such as `cafÃ©` are mended.
     `duplicate_hamming_bits`: of 256 bits of perceptual hash. `min_english_probability` is low because three words tell
-    little. `max_better_captions`: share of other captions that may fit the picture better than its own (None: not
-    checked).
+    little. `max_better_captions`: share of other captions that may fit the picture better than its own; and
+    `look_alike_cosine`: of the embeddings of two pictures that show the same (None: not checked). Both need a `clip`
+    with a text tower.
     """
 
     min_side_px: Amount
@@ -232,6 +233,7 @@ class Clean:
     drop_unsafe_words: bool
     min_english_probability: Fraction
     max_better_captions: Fraction | None
+    look_alike_cosine: Fraction | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)

@@ -7,7 +7,7 @@ report.html     the same to look at
 
 Filters run in the order of `clean_report.REASONS` and the first that objects names the reason. Pictures that look like
 one of a split that measures have leaked from it; these and duplicates are sought among the pairs that passed every
-earlier filter, mismatches among what is then left.
+earlier filter, mismatches among what is then left, and at last pictures whose embeddings are close.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lyrics import engine, io
-from lyrics.data import clean_page, clean_report, files, filters
+from lyrics.data import clean_page, clean_report, files, filters, look_alikes
 from lyrics.data.clean_judge import Verdict, judge_shard, read_verdicts, read_words, write_verdicts
 from lyrics.data.formats import ABSENT
 from lyrics.data.pictures import EVALUATED
@@ -69,7 +69,7 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     if not shards and not (WEB / ABSENT).exists():
         raise InputError(f"{WEB} holds no .tar with pairs; make them with: python -m lyrics ingest")
     unsafe = read_words(UNSAFE_WORDS) if config.clean.drop_unsafe_words else []
-    load_encoder = functools.partial(_load_encoder, config.clean.max_better_captions, config.device)
+    load_encoder = functools.partial(_load_encoder, config.clean, config.device)
     started = time.perf_counter()
     report = clean(shards, config.clean, load_encoder, work, unsafe, config.engine, tracker)
     seconds = time.perf_counter() - started
@@ -99,8 +99,8 @@ def clean(
     """Judge all pairs and write the kept ones to `work/kept`; a shard that an earlier run finished is not done again.
 
     Every pass goes from one file a shard to the next and holds a part of a shard (for matching, the embeddings of one);
-    of all pictures only the index of duplicates knows something, some 160 bytes each. That pass is the driver's, since
-    it needs all shards in order; the others are done by an engine's workers.
+    of all pictures only the indices of duplicates and look-alikes know something, some 160 bytes each. Those passes are
+    the driver's, since they need all shards in order; the others are done by an engine's workers.
 
     Args:
         load_encoder: called in each worker; gives None where there is no image–text model: mismatches are then not
@@ -112,18 +112,28 @@ def clean(
         The report.
     """
 
-    def each(name: str, load: Callable[[], Callable[[Path], int]], done: Callable[[Path], bool]) -> None:
-        engine.run_shards(by, load, shards, done=done, name=f"clean/{name}", tracker=tracker)
+    def each(name: str, load: Callable[[], Callable[[Path], int]], done: Callable[[Path], bool], of=shards) -> None:
+        engine.run_shards(by, load, of, done=done, name=f"clean/{name}", tracker=tracker)
 
     def written(folder: str) -> Callable[[Path], bool]:
         return lambda tar: _of(tar, work, folder).exists()
 
     each("judge", functools.partial(_judging, work, settings, unsafe), written("judged"))
     held_out = _find_copies(shards, work, settings.duplicate_hamming_bits)
-    each("match", functools.partial(_matching, work, load_encoder, settings.max_better_captions), written("final"))
+
+    def embedded(source: Path) -> bool:
+        return _embedded(source, work).exists()
+
+    matching = functools.partial(_matching, work, load_encoder, settings)
+    if settings.look_alike_cosine is None:
+        each("match", matching, written("final"))
+    else:
+        each("match", matching, written("fitting"))
+        measuring = [RAW / split for split in EVALUATED if (RAW / split / "images").is_dir()]
+        each("val and test", functools.partial(_embedding, work, load_encoder), embedded, measuring)
+        _find_look_alikes(shards, measuring, work, settings.look_alike_cosine)
     each("keep", functools.partial(_keeping, work), written("kept"))  # its table is written after the tar
-    not_checked = sum(_left(_of(tar, work, "unique")) for tar in shards if not _of(tar, work, "matched").exists())
-    report = clean_report.summary(ledger(shards, work), {"mismatched": not_checked})
+    report = clean_report.summary(ledger(shards, work), _not_checked(shards, work, settings))
     return report | {"held_out": held_out}
 
 
@@ -132,11 +142,14 @@ def _judging(work: Path, settings: "Clean", unsafe: Sequence[str]) -> Callable[[
     return lambda tar: judge_shard(_of(tar, work, "judged"), tar, settings, unsafe)
 
 
-def _matching(
-    work: Path, load_encoder: Callable[[], Encoder | None], max_better_captions: float | None
-) -> Callable[[Path], int]:
+def _matching(work: Path, load_encoder: Callable[[], Encoder | None], settings: "Clean") -> Callable[[Path], int]:
     encoder = load_encoder()
-    return lambda tar: _match_shard(tar, work, encoder, max_better_captions)
+    return lambda tar: _match_shard(tar, work, encoder, settings)
+
+
+def _embedding(work: Path, load_encoder: Callable[[], Encoder | None]) -> Callable[[Path], int]:
+    encoder = load_encoder()
+    return lambda split: _embed_split(split, work, encoder)
 
 
 def _keeping(work: Path) -> Callable[[Path], int]:
@@ -153,6 +166,11 @@ def ledger(shards: Sequence[Path], work: Path) -> Iterator[dict[str, Any]]:
 
 def _of(tar: Path, work: Path, folder: str) -> Path:
     return work / folder / f"{tar.stem}.parquet"
+
+
+def _embedded(source: Path, work: Path) -> Path:
+    """Embeddings of the pairs of a tar, or of the pictures of a split."""
+    return work / "embedded" / f"{source.name}.npz"
 
 
 def _find_copies(shards: Sequence[Path], work: Path, max_bits: int) -> dict[str, int]:
@@ -194,8 +212,8 @@ def _add_held_out(index: filters.DuplicateIndex, path: Path) -> dict[str, int]:
     return counts
 
 
-def _held_out_pictures() -> Iterator[tuple[str, Image.Image]]:
-    names = [path for split in EVALUATED for path in sorted((RAW / split / "images").glob("*"))]
+def _held_out_pictures(splits: Iterable[str] = EVALUATED) -> Iterator[tuple[str, Image.Image]]:
+    names = [path for split in splits for path in sorted((RAW / split / "images").glob("*"))]
     for path in tqdm(names, "clean: pictures of val and test"):
         try:
             yield f"{path.parent.parent.name}/{path.name}", files.decode(path)
@@ -203,27 +221,40 @@ def _held_out_pictures() -> Iterator[tuple[str, Image.Image]]:
             raise InputError(f"{path} cannot be compared with the web: {error}; make it again with: ingest") from None
 
 
-def _load_encoder(max_better_captions: float | None, device: str) -> Encoder | None:
-    if max_better_captions is None:
+def _load_encoder(settings: "Clean", device: str) -> Encoder | None:
+    if settings.max_better_captions is None and settings.look_alike_cosine is None:
         return None
     from lyrics.foundation import clip, training
 
     return clip.load_clip(CLIP, str(training.pick_device(device))) if clip.has_text_tower(CLIP) else None
 
 
-def _match_shard(tar: Path, work: Path, encoder: Encoder | None, max_better_captions: float | None) -> int:
-    """From `unique` to `final`, with mismatches dropped; how many pairs were still in."""
+def _match_shard(tar: Path, work: Path, encoder: Encoder | None, settings: "Clean") -> int:
+    """From `unique` on, with mismatches dropped; how many pairs were still in."""
     unique = _of(tar, work, "unique")
     left, verdicts = _left(unique), read_verdicts(unique)
-    if encoder is not None and max_better_captions is not None and left > MIN_COMPARED:
-        shares = iter(_better_shares(_of(tar, work, "matched"), tar, unique, encoder))
-        verdicts = mark_mismatches(verdicts, shares, max_better_captions)
-    write_verdicts(_of(tar, work, "final"), verdicts)
+    if encoder is not None and left:
+        image_NE, text_NE = _embed_shard(_embedded(tar, work), tar, unique, encoder)
+        if settings.max_better_captions is not None and left > MIN_COMPARED:
+            shares = iter(filters.better_captions(image_NE, text_NE).tolist())
+            verdicts = mark_mismatches(verdicts, shares, settings.max_better_captions)
+    write_verdicts(_of(tar, work, "final" if settings.look_alike_cosine is None else "fitting"), verdicts)
     return left
 
 
 def _left(verdicts: Path) -> int:
     return sum(not verdict.reason for verdict in read_verdicts(verdicts))
+
+
+def _not_checked(shards: Sequence[Path], work: Path, settings: "Clean") -> dict[str, int]:
+    """Pairs that reached a filter which could not judge them: without an image–text model, or among too few others."""
+    left = {tar: _left(_of(tar, work, "unique")) for tar in shards}
+    embedded = {tar for tar in shards if _embedded(tar, work).exists()}
+    matched = embedded if settings.max_better_captions is not None else set()
+    counts = {"mismatched": sum(n for tar, n in left.items() if tar not in matched or n <= MIN_COMPARED)}
+    if settings.look_alike_cosine is not None:
+        counts["look_alike"] = sum(n for tar, n in left.items() if tar not in embedded)
+    return counts
 
 
 def mark_mismatches(verdicts: Iterable[Verdict], shares: Iterator[float], limit: float) -> Iterator[Verdict]:
@@ -241,19 +272,39 @@ def _undropped(tar: Path, verdicts: Path) -> Iterator[WebPair]:
             yield dataclasses.replace(pair, caption=verdict.caption) if verdict.repaired else pair
 
 
-def _better_shares(path: Path, tar: Path, verdicts: Path, encoder: Encoder) -> list[float]:
-    """For each pair still in, the share of its shard's other captions that fit better; remembered in `path`."""
+def _embed_shard(path: Path, tar: Path, verdicts: Path, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, E) of the pictures and captions of the pairs that are still in; remembered in `path`."""
     if not path.exists():
         pairs = _undropped(tar, verdicts)
-        images, texts = [], []
+        names, images, texts = [], [], []
         while batch := list(itertools.islice(pairs, _BATCH)):
+            names += [pair.key for pair in batch]
             images.append(encoder.encode_images([files.decode(pair.image_bytes or b"") for pair in batch]))
             texts.append(encoder.encode_texts([(pair.caption or "").strip() for pair in batch]))
-        shares = filters.better_captions(_stack(images), _stack(texts))
-        write_rows(path, ({"share": float(share)} for share in shares), pa.schema([("share", pa.float64())]))
-    return [row["share"] for row in read_rows(path)]
+        look_alikes.write_embeddings(path, names, _stack(images), _stack(texts))
+    return look_alikes.read_embeddings(path)[1:]
+
+
+def _embed_split(split: Path, work: Path, encoder: Encoder | None) -> int:
+    """Embeddings of the pictures of a split that measures; none without an image–text model."""
+    names, images = [], []
+    pictures = _held_out_pictures([split.name]) if encoder is not None else iter(())
+    while batch := list(itertools.islice(pictures, _BATCH)):
+        names += [name for name, _ in batch]
+        images.append(encoder.encode_images([image for _, image in batch]))  # type: ignore[union-attr]
+    look_alikes.write_embeddings(_embedded(split, work), names, _stack(images), np.zeros((0, 0), np.float32))
+    return len(names)
+
+
+def _find_look_alikes(shards: Sequence[Path], measuring: Sequence[Path], work: Path, min_cosine: float) -> None:
+    """From `fitting` to `final`; begun anew where it was stopped."""
+    if all(_of(tar, work, "final").exists() for tar in shards):
+        return
+    files_of = [(_of(tar, work, "fitting"), _embedded(tar, work), _of(tar, work, "final")) for tar in shards]
+    with (work / "look_alikes.bin").open("wb+", buffering=0) as file:
+        look_alikes.find_look_alikes(files_of, [_embedded(split, work) for split in measuring], min_cosine, file)
 
 
 def _stack(batches: list[Any]) -> np.ndarray:
     """Arrays or tensors, as one float32 array."""
-    return np.concatenate([np.asarray(batch, np.float32) for batch in batches])
+    return np.concatenate([np.asarray(batch, np.float32) for batch in batches or [np.zeros((0, 0))]])

@@ -13,7 +13,7 @@ from lyrics.data.rows import read_rows
 REASONS = (
     *("broken", "truncated", "animated", "tiny", "extreme"),
     *("unsafe", "boilerplate", "length", "repetition", "encoding", "language"),
-    *("leaked", "duplicate", "mismatched"),
+    *("leaked", "duplicate", "mismatched", "look_alike"),
 )
 # Reasons that name a kind of dirt: a file that stops early is known as broken too.
 NAMES = {reason: (reason,) for reason in REASONS} | {"broken": ("broken", "truncated")}

@@ -177,6 +177,13 @@ class DuplicateIndex:
 
     def find(self, hash_hex: str) -> int | None:
         """The number, in order of adding, of the first picture that looks like this."""
+        numbers = self.candidates(hash_hex)
+        distances = np.bitwise_count(self._hashes[numbers] ^ _words(hash_hex)).sum(1)
+        within = numbers[distances <= self._max_bits]
+        return int(within[0]) if within.size else None
+
+    def candidates(self, hash_hex: str) -> np.ndarray:
+        """Numbers, in order of adding, of the pictures whose hash shares a band with this one, up to one bit."""
         at = self._heads[self._probe_bands, self._keys(hash_hex)[self._probe_bands] ^ self._probe_flips]
         bands = self._probe_bands
         near = []
@@ -184,12 +191,7 @@ class DuplicateIndex:
             at, bands = at[alive] - 1, bands[alive]
             near.append(at)
             at = self._earlier[at, bands]
-        if not near:
-            return None
-        numbers = np.unique(np.concatenate(near))
-        distances = np.bitwise_count(self._hashes[numbers] ^ _words(hash_hex)).sum(1)
-        within = numbers[distances <= self._max_bits]
-        return int(within[0]) if within.size else None
+        return np.unique(np.concatenate(near)) if near else np.zeros(0, np.int64)
 
     def add(self, name: str, hash_hex: str) -> None:
         number = len(self)
