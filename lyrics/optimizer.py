@@ -5,10 +5,12 @@ that look words up form in a third of AdamW's steps, which is what lets two core
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lyrics.numerics import has_native_bf16
 
 Algorithm = Literal["adamw", "muon"]
 
@@ -43,10 +45,51 @@ def build(
     )
     optimizers: list[torch.optim.Optimizer] = []
     if of_muon:
-        optimizers.append(torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(of_muon, adjust_lr_fn="match_rms_adamw"))
     if of_adamw:
         optimizers.append(torch.optim.AdamW(of_adamw, betas=betas, fused=True))
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch's, which always iterates in bf16: in float32 where a processor has no products in bf16.
+
+    There a step of stage 1 of `tiny` took 41 of 57 seconds of products in bf16.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if has_native_bf16(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return None
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """As in `torch.optim.Muon`, with its state under the same name: a run may go on on another processor."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        looked_ahead = torch.lerp(gradient, average, group["momentum"])
+        size = 0.2 * max(parameter.shape) ** 0.5  # "match_rms_adamw"
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(orthogonal(looked_ahead.float(), group), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """A matrix with its singular values brought near 1, by Newton and Schulz; `group` has Muon's coefficients."""
+    a, b, c = group["ns_coefficients"]
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    wide = wide / wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if tall else wide
 
 
 def _inner_matrices(network: nn.Module) -> set[int]:

@@ -1,5 +1,6 @@
 """Who optimises what: every trainable parameter once, inner matrices by Muon, all else by AdamW."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -66,3 +67,36 @@ def test_the_learning_rate_is_scaled_from_its_first_value() -> None:
         optimizer.scale_lr(optimizers, factor)
     lrs = {name: lr for name, (_, lr, _) in owned(network, optimizers).items()}
     assert lrs["inner.weight"] == 0.05 and lrs["head.weight"] == 0.025
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_muon_without_products_in_bf16_is_torchs_but_for_rounding(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of each from the same weights and gradients, then each goes on from the other's state."""
+    steps: dict[bool, list[torch.Tensor]] = {}
+    states = {}
+    for native in (True, False):
+        monkeypatch.setattr(optimizer, "has_native_bf16", lambda _, native=native: native)
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(shape))
+        muon = optimizer.Muon([weight], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+        steps[native] = []
+        for _ in range(3):
+            weight.grad = torch.randn(shape)
+            muon.step()
+            steps[native].append(weight.detach().clone())
+        states[native] = muon.state_dict()
+    for ours, theirs in zip(steps[False], steps[True], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)  # of an update of 0.1
+    torch.testing.assert_close(states[False]["state"], states[True]["state"])
+    assert states[False]["param_groups"] == states[True]["param_groups"]
+
+
+def test_a_parameter_without_a_gradient_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "has_native_bf16", lambda _: False)
+    one, other = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    muon = optimizer.Muon([one, other], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    one.grad = torch.ones(2, 3)
+    muon.step()
+    assert torch.equal(other, torch.ones(2, 3)) and not torch.equal(one, torch.ones(2, 3))
