@@ -99,6 +99,8 @@ class Data:
 
     `splits` (coco) maps a split of ours (those of SceneCounts) to a sub-folder with images/, captions.json and
     instances.json. `sets` (files) names data sets. `max_images` keeps that many images of each split (None: all).
+    `leak_hamming_bits`: of 256 bits of perceptual hash; pictures of `foundation` and `instruct` that are so near to one
+    of a split that measures are set aside (None: only equal ones). The embedded world has no such pictures.
     """
 
     source: Literal["world", "coco", "files"]
@@ -106,6 +108,7 @@ class Data:
     splits: dict[str, str]
     sets: tuple[FileSet, ...]
     max_images: Count | None
+    leak_hamming_bits: Amount | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)

@@ -27,7 +27,7 @@ from lyrics import engine, io
 from lyrics.data import clean_page, clean_report, files, filters, look_alikes
 from lyrics.data.clean_judge import Verdict, judge_shard, read_verdicts, read_words, write_verdicts
 from lyrics.data.formats import ABSENT
-from lyrics.data.pictures import EVALUATED
+from lyrics.data.held_out import EVALUATED
 from lyrics.data.rows import read_rows, write_rows
 from lyrics.data.webdataset import WebPair, read_pairs, write_tar
 from lyrics.errors import InputError

@@ -15,6 +15,7 @@ from lyrics import seeding
 from lyrics.data import coco, pope, vqa
 from lyrics.data.files import BadImageError, decode, pixel_hash
 from lyrics.data.formats import write_coco, write_json_lines
+from lyrics.data.held_out import EVALUATED, HeldOut
 from lyrics.data.ledger import Ledger
 from lyrics.data.records import Rejected
 from lyrics.data.webdataset import WebPair, write_tar
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # Evaluated splits come first: an image that is in two splits stays in the one that measures.
 SPLITS = ("test", "test_ood", "val", "foundation", "instruct", "web")
-EVALUATED = ("test", "test_ood", "val")
 _PAIRS_PER_SHARD = 500
 _QUESTIONS_PER_IMAGE = 6
 _IRREGULAR = {"person": "people", "sheep": "sheep", "mouse": "mice", "knife": "knives", "skis": "skis"}
@@ -40,6 +40,14 @@ class _Source:
     captions: dict[coco.ImageId, list[str]]
     objects: dict[coco.ImageId, list[coco.CocoObject]]
     categories: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the splits before had: pictures by what they look like, and of which split each is by its pixels."""
+
+    held_out: HeldOut
+    owner_of: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def ingest(config: "Config", destination: Path, ledger: Ledger) -> dict[str, dict[str, int]]:
@@ -72,7 +80,7 @@ def _read_all(config: "Config", root: Path) -> tuple[dict[str, _Source], list[Re
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; set `folder` to one with {', '.join(sorted(data.splits.values()))}")
     rejected: list[Rejected] = []
-    seen: dict[str, str] = {}
+    seen = _Seen(HeldOut(data.leak_hamming_bits))
     sources: dict[str, _Source] = {}
     for split in SPLITS:
         if split in data.splits:
@@ -81,8 +89,8 @@ def _read_all(config: "Config", root: Path) -> tuple[dict[str, _Source], list[Re
     return sources, list(dict.fromkeys(rejected))
 
 
-def _read(split: str, folder: Path, max_images: int | None, seen: dict[str, str], rejected: list[Rejected]) -> _Source:
-    """Read and check one split; `seen` maps pixel hashes to the split that has them, and grows."""
+def _read(split: str, folder: Path, max_images: int | None, seen: _Seen, rejected: list[Rejected]) -> _Source:
+    """Read and check one split; `seen` grows."""
     for needed in ("images", "captions.json", "instances.json"):
         path = folder / needed
         if not path.exists():
@@ -121,7 +129,7 @@ def _read(split: str, folder: Path, max_images: int | None, seen: dict[str, str]
     )
 
 
-def _fault(split: str, folder: Path, image: dict[str, Any], seen: dict[str, str]) -> str | None:
+def _fault(split: str, folder: Path, image: dict[str, Any], seen: _Seen) -> str | None:
     path = folder / "images" / image["file_name"]
     if not path.is_file():
         return "missing image file: its captions and objects are set aside too"
@@ -132,10 +140,10 @@ def _fault(split: str, folder: Path, image: dict[str, Any], seen: dict[str, str]
     if picture.size != (image["width"], image["height"]):
         return f"wrong size: listed {image['width']} x {image['height']}, stored {picture.width} x {picture.height}"
     digest = pixel_hash(picture)
-    owner = seen.setdefault(digest, split)
+    owner = seen.owner_of.setdefault(digest, split)
     if owner != split and (owner in EVALUATED or split in EVALUATED):
         return f"shared between splits: the same picture is in {owner}, so not in {split}"
-    return None
+    return seen.held_out.fault(split, image["file_name"], picture)
 
 
 def _common(rejected: list[Rejected]) -> str:

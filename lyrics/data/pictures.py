@@ -6,10 +6,9 @@ from pathlib import Path
 
 from lyrics.data.disk_index import Index
 from lyrics.data.files import MAX_IMAGE_BYTES, BadImageError, decode, is_safe_name, measure, pixel_hash
+from lyrics.data.held_out import EVALUATED, HeldOut
 from lyrics.data.raw_split import RawSplit
 from lyrics.data.records import BadRecordError, Record
-
-EVALUATED = ("test", "test_ood", "val")
 
 
 def content_of(record: Record, images: Path | None) -> bytes:
@@ -53,8 +52,8 @@ class Found:
 class Pictures:
     """Remembers on disk which split has which picture. Splits that measure must be read first: they keep it."""
 
-    def __init__(self) -> None:
-        self._index = Index()
+    def __init__(self, held_out: HeldOut) -> None:
+        self._index, self._held_out = Index(), held_out
 
     def find(self, record: Record, images: Path | None, split: str) -> Found:
         """The picture that a record is about.
@@ -78,10 +77,13 @@ class Pictures:
         try:
             content = content_of(record, images)
             suffix, width, height = measure(content)
-            digest = pixel_hash(decode(content))
+            picture = decode(content)
+            digest = pixel_hash(picture)
             owner = self._index.get("owner", digest) or split
             if owner != split and (owner in EVALUATED or split in EVALUATED):
                 raise BadRecordError(_shared(owner, split))
+            if fault := self._held_out.fault(split, record.images[0], picture):
+                raise BadRecordError(fault)
         except (BadRecordError, BadImageError) as error:
             reason = f"unusable image: {error}" if isinstance(error, BadImageError) else str(error)
             self._index.add(*self._name(record, images, split), value=json.dumps(["", 0, 0, reason]))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lyrics.data import llava, pope, refcoco, vqa
+from lyrics.data.held_out import EVALUATED, HeldOut
 from lyrics.data.ledger import Ledger
-from lyrics.data.pictures import EVALUATED, Pictures, check_size, content_of
+from lyrics.data.pictures import Pictures, check_size, content_of
 from lyrics.data.raw_split import RawSplit
 from lyrics.data.readers import coco_sets, flickr, llava_context, mme, questions, refer, tars, url_lists, visual_genome
 from lyrics.data.records import Annotation, BadRecordError, Record, Rejected, Sample, checked
@@ -83,7 +84,7 @@ def ingest(config: "Config", destination: Path, ledger: Ledger) -> dict[str, dic
     if not sets:
         raise InputError("data.sets is empty; name your data sets in params/data/files.yaml, as docs/formats.md shows")
     counts = {}
-    with contextlib.closing(Pictures()) as pictures:
+    with contextlib.closing(Pictures(HeldOut(config.data.leak_hamming_bits))) as pictures:
         for split in SPLITS:
             chosen = [one for one in sets if one.chosen.split == split]
             if not chosen:

@@ -64,7 +64,9 @@ def ingest_folder(tmp_path):
     def run(folder: Path, splits: dict[str, str], max_images: int | None = None) -> Path:
         work = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
         work.mkdir()
-        data = Data(source="coco", folder=str(folder), splits=splits, sets=(), max_images=max_images)
+        data = Data(
+            source="coco", folder=str(folder), splits=splits, sets=(), max_images=max_images, leak_hamming_bits=24
+        )
         ingest.run(SimpleNamespace(seed=0, data=data), work, NullTracker())
         return work / "out"
 

@@ -133,7 +133,9 @@ def ingest(folder: Path, name: str, split: str, files: dict[str, bytes]) -> Ledg
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     chosen = FileSet(**entry(name, split))
-    config: Any = SimpleNamespace(data=SimpleNamespace(folder=str(folder / "in"), sets=(chosen,), max_images=None))
+    config: Any = SimpleNamespace(
+        data=SimpleNamespace(folder=str(folder / "in"), sets=(chosen,), max_images=None, leak_hamming_bits=24)
+    )
     ledger = Ledger(folder / "raw" / "rejected.parquet", folder / "in")
     try:
         sets.ingest(config, folder / "raw", ledger)

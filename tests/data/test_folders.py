@@ -214,6 +214,27 @@ def test_max_images_takes_the_first_usable_ones(tmp_path, make_split, ingest_fol
     assert sorted(p.name for p in (raw / "instruct" / "images").iterdir()) == ["b.jpg", "c.jpg"]
 
 
+def test_near_copies_of_held_out_pictures_are_not_trained_on(tmp_path, make_split, ingest_folder):
+    """The same picture smaller and stored again: other pixels, which look the same."""
+    make_split(tmp_path / "in" / "val", names="abc", first_seed=10)
+    train = make_split(tmp_path / "in" / "train", names="defg")
+    with Image.open(tmp_path / "in/val/images/b.jpg") as original:
+        original.resize((36, 27)).save(tmp_path / "in/train/images/f.jpg", quality=70)
+    train.captions["images"][2] |= {"width": 36, "height": 27}
+    train.save()
+    raw = ingest_folder(tmp_path / "in", {"web": "train", "instruct": "train", "val": "val"})
+    assert rejected(raw) == {"f.jpg": "leaked: the picture looks like val/b.jpg"}
+    assert [image.path.rpartition("/")[2] for image in read_split(raw / "instruct").images] == [
+        "d.jpg",
+        "e.jpg",
+        "g.jpg",
+    ]
+    assert (
+        len(list(read_pairs(raw / "web" / "00000.tar"))) == 4
+    )  # of web pairs clean sets it aside, by its own parameter
+    assert len(read_split(raw / "val").images) == 3
+
+
 def test_folders_that_the_pipeline_names_are_there_without_such_a_split(tmp_path, make_split, ingest_folder):
     make_split(tmp_path / "in" / "train")
     raw = ingest_folder(tmp_path / "in", {"instruct": "train"})

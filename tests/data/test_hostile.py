@@ -184,7 +184,9 @@ def test_a_damaged_gzip_is_refused_by_name(tmp_path, damage):
 
 
 def ingest(folder: Path, **entry: str) -> tuple[Ledger, list[tuple[str, str]]]:
-    config = SimpleNamespace(data=SimpleNamespace(folder=str(folder), sets=(FileSet(**entry),), max_images=None))
+    config = SimpleNamespace(
+        data=SimpleNamespace(folder=str(folder), sets=(FileSet(**entry),), max_images=None, leak_hamming_bits=24)
+    )
     ledger = Ledger(folder / "out" / "rejected.parquet", folder)
     sets.ingest(config, folder / "out", ledger)
     ledger.close()

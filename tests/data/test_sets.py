@@ -25,7 +25,14 @@ def ingested(tmp_path):
         work = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
         work.mkdir()
         chosen = tuple(FileSet(**one) for one in sets)
-        data = Data(source="files", folder=str(tmp_path / "in"), splits={}, sets=chosen, max_images=max_images)
+        data = Data(
+            source="files",
+            folder=str(tmp_path / "in"),
+            splits={},
+            sets=chosen,
+            max_images=max_images,
+            leak_hamming_bits=24,
+        )
         ingest.run(SimpleNamespace(seed=0, data=data), work, NullTracker())
         return work / "out"
 

@@ -20,7 +20,7 @@ def small_world(**changes) -> World:
 
 
 def ingest_world(work: Path, world: World, seed: int = 0) -> Path:
-    data = Data(source="world", folder=None, splits={}, sets=(), max_images=None)
+    data = Data(source="world", folder=None, splits={}, sets=(), max_images=None, leak_hamming_bits=None)
     work.mkdir(parents=True, exist_ok=True)
     ingest.run(SimpleNamespace(seed=seed, world=world, data=data), work, NullTracker())
     return work / "out"
