@@ -165,7 +165,8 @@ def main() -> None:
         check_peer(python)
     except InputError as error:
         raise SystemExit(str(error)) from None
-    measured, versions = [], {}
+    measured: list[Measured] = []
+    versions: dict[str, str] = {}
     for count in sorted(chosen.counts):
         names = [name for name in (OURS, DEDUP, FAISS, WHOLE) if name != DEDUP or count <= chosen.quadratic_limit]
         found, seen = measure(count, names, chosen.rounds, python)

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-_EVERY_SECONDS = 0.2
+_EVERY_SECONDS = 0.5
 
 
 def watched(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
