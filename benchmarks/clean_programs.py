@@ -6,6 +6,7 @@ imports, the memory before the first pair, links (a copy's key, its original's) 
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -37,21 +38,17 @@ def configuration(workers: int) -> Config:
 
 
 def search(config: Config) -> dict[str, Any]:
-    """Decode, hash, look for an earlier picture that looks alike: what the peers do, with the parts of `clean`."""
-    index = filters.DuplicateIndex(config.clean.duplicate_hamming_bits)
-    links, searching = [], 0.0
+    """Decode and hash, then look for earlier pictures that look alike: what the peers do, with the parts of `clean`."""
+    hashes = []
     for tar in sorted(clean.WEB.glob("*.tar")):
         for pair in read_pairs(tar):
-            try:
-                hashed = filters.perceptual_hash(files.decode(pair.image_bytes or b""))
-            except files.BadImageError:
-                continue
-            started = time.process_time()
-            original = index.find_or_add(pair.key, hashed)
-            searching += time.process_time() - started
-            if original is not None:
-                links.append((pair.key, original))
-    return {"links": links, "search_seconds": searching}
+            with contextlib.suppress(files.BadImageError):
+                hashes.append((pair.key, filters.perceptual_hash(files.decode(pair.image_bytes or b""))))
+    started = time.process_time()
+    index = filters.DuplicateIndex(config.clean.duplicate_hamming_bits)
+    originals = [(key, index.find_or_add(key, hashed)) for key, hashed in hashes]
+    links = [(key, original) for key, original in originals if original is not None]
+    return {"links": links, "search_seconds": time.process_time() - started}
 
 
 def whole(config: Config) -> dict[str, Any]:
