@@ -145,7 +145,8 @@ def _identifier() -> LanguageIdentifier:
 
 def perceptual_hash(image: Image.Image) -> str:
     """256 bits of low frequencies as hex: stable under resizing and re-encoding."""
-    return str(imagehash.phash(image, hash_size=HASH_SIDE))
+    bits = imagehash.phash(image, hash_size=HASH_SIDE).hash
+    return np.packbits(bits).tobytes().hex()  # as the str() of an ImageHash, which goes bit by bit
 
 
 class DuplicateIndex:

@@ -3,6 +3,7 @@ import json
 import time
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -180,6 +181,11 @@ def test_unsafe_words_are_found_whole_in_any_case():
     assert filters.unsafe("about c++!", pattern) == "c++"
     assert filters.unsafe("a badger, very, wrong", pattern) is None
     assert filters.word_pattern([]) is None and filters.unsafe("bad", None) is None
+
+
+@pytest.mark.parametrize("image", [*map(picture, range(20)), Image.new("RGB", (64, 64))])
+def test_hashes_are_those_of_imagehash(image):
+    assert filters.perceptual_hash(image) == str(imagehash.phash(image, hash_size=filters.HASH_SIDE))
 
 
 def test_reencoded_pictures_are_duplicates_and_other_pictures_are_not():
