@@ -227,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2048, help="read in a round")
     parser.add_argument("--rounds", type=int, default=7, help="of reading")
-    parser.add_argument("--steps", type=int, default=40, help="of each stage, beside those that warm up")
+    parser.add_argument("--steps", type=int, default=40, help="of each stage that count")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
     parser.add_argument("--samples", type=int, help="scored of each task and split; without it, all")
     parser.add_argument("--write", type=Path, help="a document with the markers of features")
     chosen = parser.parse_args(arguments)
@@ -250,7 +251,7 @@ def measure(settings: schema.Config, copies: Mapping[FeatureDtype, Path], chosen
     pictures = min(chosen.pictures, len(splits[STORED]))
     batch = settings.stage1.batch_size
     read = measure_access(splits, tokenizer, batch, pictures, chosen.rounds)
-    steps = features_steps.measure(settings, copies, chosen.steps)
+    steps = features_steps.measure(settings, copies, chosen.steps, chosen.warm_up)
     held_out = [name for name in HELD_OUT if (REFINED / name).is_dir()]
     tables = [access_table(read), steps_table(steps), errors_table(features_quality.errors(settings, held_out[:1]))]
     if features_quality.STAGE2.is_dir():
@@ -261,7 +262,7 @@ def measure(settings: schema.Config, copies: Mapping[FeatureDtype, Path], chosen
     machine = (
         f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}; preset {settings.preset}. "
         f"Reading: {pictures} pictures of {len(splits[STORED])}, batches of {batch}; medians of {chosen.rounds} "
-        f"rounds. Steps: means of {chosen.steps}."
+        f"rounds. Steps: means of {chosen.steps} after {chosen.warm_up}."
     )
     return "\n\n".join([*tables, machine])
 

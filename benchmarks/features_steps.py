@@ -20,7 +20,6 @@ from lyrics.train import stage1, stage1_batches, stage2
 from lyrics.train.stage1_batches import Stage1Data
 from lyrics.train.stage2_batches import Stage2Data
 
-WARM_UP = 5
 STAGES: Mapping[str, Any] = {"stage1": stage1, "stage2": stage2}
 READING, TEXTS, TENSORS = "reading", "texts", "tensors"
 # What handles data in a step, wherever it is called: in stage 2 the model itself tokenises and pads.
@@ -96,24 +95,24 @@ class Clock(NullTracker):
 
 
 def measure(
-    settings: schema.Config, copies: Mapping[FeatureDtype, Path], steps: int
+    settings: schema.Config, copies: Mapping[FeatureDtype, Path], steps: int, warm_up: int
 ) -> dict[tuple[str, FeatureDtype], Steps]:
     """Steps of both stages in each copy of the project; stage 2 goes on from what stage 1 wrote there."""
     found: dict[tuple[str, FeatureDtype], Steps] = {}
     for name in STAGES:
         for dtype, copy in copies.items():
             with contextlib.chdir(copy):
-                found[name, dtype] = run(name, settings, Path("work") / name, steps)
+                found[name, dtype] = run(name, settings, Path("work") / name, steps, warm_up)
                 (Path("work") / name / "out").rename(Path("models") / name)
     return found
 
 
-def run(name: str, settings: schema.Config, work: Path, steps: int) -> Steps:
+def run(name: str, settings: schema.Config, work: Path, steps: int, warm_up: int) -> Steps:
     """Some steps of a stage in the current folder.
 
     Stage 2 is measured as it is after `stage2.first`, when it draws samples of all kinds.
     """
-    total = WARM_UP + steps
+    total = warm_up + steps
     chosen: dict[str, Any] = {"steps": total, "log_every": 1, "checkpoint_every": total}
     if name == "stage2":
         chosen["first"] = dataclasses.replace(settings.stage2.first, steps=0)
@@ -121,4 +120,4 @@ def run(name: str, settings: schema.Config, work: Path, steps: int) -> Steps:
     clock = Clock()
     with clock.watching():
         STAGES[name].run(dataclasses.replace(settings, **{name: own}), work, clock)
-    return clock.steps(WARM_UP)
+    return clock.steps(warm_up)

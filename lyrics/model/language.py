@@ -6,7 +6,6 @@ Shapes: R rows, S positions of a row.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,6 @@ NOBODY = -1  # padding belongs to no sample
 WORD = -1  # where no query token stands
 _REMEMBERED = 1 << 16  # texts: those of an epoch of `tiny`
 _PLACE = re.compile("\ue000(.+?)\ue001")  # in a rendered template, where a text goes
-_SPATIAL_PLACE = "\ue000spatial\ue001"
 _PROBE = "a <b> & 'c' \"d\"\ne"  # what a template that escapes or rewrites texts would change
 _BOX = re.compile(r":? (?:\d+ \d+ \d+ \d+|\[[^\]]*\]);")  # what `refiner.spatial_text` writes after a tag
 
@@ -117,7 +115,7 @@ class PromptTemplate:
         self.end: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
         self._ids = functools.lru_cache(_REMEMBERED)(self._tokenized)
-        self._pieces = functools.cache(self._rendered_once)
+        self._form = functools.cache(self._rendered_once)
         self._check_texts()
 
     def conversation(
@@ -190,14 +188,12 @@ class PromptTemplate:
 
     def _render(self, messages: Sequence[str], spatial_text: str) -> str:
         """The dialogue as text, up to where its next answer starts; questions and answers take turns."""
-        texts = {_SPATIAL_PLACE: spatial_text} | {_place(n): text for n, text in enumerate(messages)}
-        return "".join(texts.get(piece, piece) for piece in self._pieces(len(messages), bool(spatial_text)))
+        return self._form(len(messages), bool(spatial_text)).format(*messages, spatial=spatial_text)
 
-    def _rendered_once(self, messages: int, spatial: bool) -> list[str]:
-        """What the template writes around and between texts, and the places of the texts."""
-        text = self._by_template([_place(n) for n in range(messages)], _SPATIAL_PLACE if spatial else "")
-        ends = [0, *(end for place in _PLACE.finditer(text) for end in place.span()), len(text)]
-        return [text[start:stop] for start, stop in itertools.pairwise(ends)]
+    def _rendered_once(self, messages: int, spatial: bool) -> str:
+        """What the template writes, as a format string with places for the messages and `spatial`."""
+        text = self._by_template([_place(n) for n in range(messages)], _place("spatial") if spatial else "")
+        return _PLACE.sub(r"{\1}", text.replace("{", "{{").replace("}", "}}"))
 
     def _by_template(self, messages: Sequence[str], spatial_text: str) -> str:
         spoken = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(messages)]
@@ -213,9 +209,9 @@ class PromptTemplate:
             found, expected = self._by_template(messages, spatial_text), self._render(messages, spatial_text)
             if found != expected:
                 raise InputError(
-                    f"The chat template of {self.tokenizer.name_or_path} writes {found!r}, expected {expected!r}: it "
-                    "must write questions, answers and spatial_text as they are. Correct the template in "
-                    "params/templates"
+                    f"The chat template of {self.tokenizer.name_or_path} writes {found!r:.200}, expected "
+                    f"{expected!r:.200}: it must write questions, answers and spatial_text as they are. Correct the "
+                    "template in params/templates"
                 )
 
     def _up_to_end(self, before: str, asked: str, answer: str) -> str:
@@ -242,8 +238,8 @@ class PromptTemplate:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
 
 
-def _place(message: int) -> str:
-    return f"\ue000{message}\ue001"
+def _place(text: int | str) -> str:
+    return f"\ue000{text}\ue001"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
