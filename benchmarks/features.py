@@ -45,12 +45,13 @@ SCORED_SPLITS = ("val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Reading one split: bytes on disk, bytes of a picture that is read, seconds a picture in each round."""
+    """Reading one split: bytes on disk, bytes of a picture that is read; seconds a picture or shard in each round."""
 
     disk_bytes: int
     picture_bytes: float
     one_by_one: list[float]
     in_batches: list[float]
+    opening: list[float]
 
 
 def check(settings: schema.Config) -> None:
@@ -111,7 +112,7 @@ def _check_same(stored: Path, written: Path) -> None:
 def measure_access(
     splits: Mapping[FeatureDtype, RefinedSplit], tokenizer: TextTokenizer, batch_size: int, pictures: int, rounds: int
 ) -> dict[FeatureDtype, Access]:
-    """Each round reads the same pictures in another random order, one by one and as batches of tensors."""
+    """Each round opens all shards, then reads pictures in an order of its own, one by one and as batches of tensors."""
     ids = next(iter(splits.values())).image_ids
 
     def read_one_by_one(split: RefinedSplit, order: Sequence[str]) -> None:
@@ -122,17 +123,26 @@ def measure_access(
         for start in range(0, len(order), batch_size):
             tokenizer.visual_batch(split.see(order[start : start + batch_size]))
 
-    seconds: dict[FeatureDtype, tuple[list[float], list[float]]] = {dtype: ([], []) for dtype in splits}
-    for number in range(rounds + 1):  # the first opens the shards and brings the files into memory
+    def open_shards(split: RefinedSplit) -> None:
+        for folder in shard_folders(split):
+            shard_files.open_shard(folder, 1)
+
+    found = {d: Access(disk_bytes(split.folder), picture_bytes(split, d), [], [], []) for d, split in splits.items()}
+    for number in range(rounds + 1):  # the first brings the files into memory
         order = [ids[i] for i in seeding.rng("features", number).permutation(len(ids))[:pictures]]
         for dtype, split in splits.items():
-            for times, read in zip(seconds[dtype], (read_one_by_one, read_in_batches), strict=True):
-                spent = timed(functools.partial(read, split, order))
-                times += [spent / len(order)] if number else []
-    return {
-        dtype: Access(disk_bytes(split.folder), picture_bytes(split, dtype), *seconds[dtype])
-        for dtype, split in splits.items()
-    }
+            opening = timed(functools.partial(open_shards, split)) / len(shard_folders(split))
+            one_by_one = timed(functools.partial(read_one_by_one, split, order)) / len(order)
+            in_batches = timed(functools.partial(read_in_batches, split, order)) / len(order)
+            if number:
+                found[dtype].opening.append(opening)
+                found[dtype].one_by_one.append(one_by_one)
+                found[dtype].in_batches.append(in_batches)
+    return found
+
+
+def shard_folders(split: RefinedSplit) -> list[Path]:
+    return [features.shard_folder(split.folder, number) for number in {i.shard for i in split.images.values()}]
 
 
 def disk_bytes(folder: Path) -> int:
@@ -152,8 +162,9 @@ def picture_bytes(split: RefinedSplit, dtype: FeatureDtype) -> float:
 def access_table(measured: Mapping[FeatureDtype, Access]) -> str:
     """One row per kept number; `ratio` compares rounds with those of fp16."""
     rows = [
-        "| kept as | on disk, MiB | one by one, pictures/s | MB/s | ratio | in batches, pictures/s | MB/s | ratio |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| kept as | on disk, MiB | one by one, pictures/s | MB/s | ratio | in batches, pictures/s | MB/s | ratio "
+        "| to open a shard, ms |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for dtype, one in measured.items():
         cells = [dtype, f"{one.disk_bytes / 2**20:.1f}"]
@@ -163,6 +174,7 @@ def access_table(measured: Mapping[FeatureDtype, Access]) -> str:
             rate = 1 / statistics.median(seconds)
             cells += [f"{rate:.0f}", f"{rate * one.picture_bytes / 1e6:.0f}"]
             cells += ["" if dtype == STORED else f"{ratio:.2f} ×"]
+        cells.append(f"{1e3 * statistics.median(one.opening):.2f}")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -147,12 +147,12 @@ def test_answers_are_compared_sample_by_sample():
 
 def test_tables_have_a_row_for_each():
     access = {
-        "fp16": Access(2**21, 4000.0, [2e-4, 1e-4, 1e-4], [1e-4, 1e-4, 1e-4]),
-        "int8": Access(2**20, 2000.0, [1e-4, 5e-5, 5e-5], [2e-4, 2e-4, 2e-4]),
+        "fp16": Access(2**21, 4000.0, [2e-4, 1e-4, 1e-4], [1e-4, 1e-4, 1e-4], [1e-3, 2e-4, 3e-4]),
+        "int8": Access(2**20, 2000.0, [1e-4, 5e-5, 5e-5], [2e-4, 2e-4, 2e-4], [4e-4] * 3),
     }
     assert features.access_table(access).splitlines()[2:] == [
-        "| fp16 | 2.0 | 10000 | 40 |  | 10000 | 40 |  |",
-        "| int8 | 1.0 | 20000 | 40 | 2.00 × | 5000 | 10 | 0.50 × |",
+        "| fp16 | 2.0 | 10000 | 40 |  | 10000 | 40 |  | 0.30 |",
+        "| int8 | 1.0 | 20000 | 40 | 2.00 × | 5000 | 10 | 0.50 × | 0.40 |",
     ]
     steps = {("stage1", "fp16"): Steps(0.25, {READING: 0.005, TEXTS: 0.0025, TENSORS: 0.0025})}
     assert features.steps_table(steps).splitlines()[2:] == ["| stage1 | fp16 | 250 | 10.0 | 4.0% | 5.0 | 2.5 | 2.5 |"]
