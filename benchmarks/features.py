@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import features_quality, features_steps
-from benchmarks.features_quality import Scored
+from benchmarks.features_quality import Errors, Scored
 from benchmarks.features_steps import Steps
 from benchmarks.stage1 import cpu_name, timed
 from benchmarks.table import write_table
@@ -195,14 +195,16 @@ def steps_table(measured: Mapping[tuple[str, FeatureDtype], Steps]) -> str:
     return "\n".join(rows)
 
 
-def errors_table(measured: Mapping[FeatureDtype, Mapping[str, float]]) -> str:
+def errors_table(measured: Mapping[FeatureDtype, Errors]) -> str:
     """One row per kept number: what rounding loses of each array."""
     names = list(measured[STORED])
     rows = [
         f"| kept as | {' | '.join('error of ' + name.replace('_', ' ') for name in names)} |",
         f"| --- |{' --: |' * len(names)}",
     ]
-    rows += [f"| {d} | {' | '.join(f'{found[n]:.2%}' for n in names)} |" for d, found in measured.items()]
+    for dtype, found in measured.items():
+        cells = ["–" if (error := found[name]) is None else f"{error:.2%}" for name in names]
+        rows.append(f"| {dtype} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

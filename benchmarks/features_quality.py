@@ -5,6 +5,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,6 +32,7 @@ from lyrics.train.stage1_quality import measure
 RAW, STAGE2 = Path("data/raw"), Path("models/stage2")
 ARRAYS = {IMAGE_TOKENS: "image_tokens_PD", **{name: f"{name}_ND" for name in LOCAL_TOKENS}}
 PICTURES = 128
+Errors: TypeAlias = dict[str, float | None]
 QUALITIES = ("image_to_text_recall_at_1", "text_to_image_recall_at_1", "itm_accuracy", "msp_accuracy")
 
 
@@ -52,7 +54,7 @@ class Changed:
     worse: int
 
 
-def errors(settings: schema.Config, splits: Sequence[str]) -> dict[FeatureDtype, dict[str, float]]:
+def errors(settings: schema.Config, splits: Sequence[str]) -> dict[FeatureDtype, Errors]:
     """Relative errors of rounding what the frozen parts see in some pictures, by array."""
     device = pick_device(settings.device)
     frozen = Frozen(
@@ -64,15 +66,16 @@ def errors(settings: schema.Config, splits: Sequence[str]) -> dict[FeatureDtype,
     return relative_errors([tokens for _, tokens in refine_shard(records, 0, frozen)])
 
 
-def relative_errors(seen: Sequence[Tokens]) -> dict[FeatureDtype, dict[str, float]]:
-    """|rounded - x| / |x| over the tokens of all pictures together."""
-    found: dict[FeatureDtype, dict[str, float]] = {}
+def relative_errors(seen: Sequence[Tokens]) -> dict[FeatureDtype, Errors]:
+    """|rounded - x| / |x| over the tokens of all pictures together; None of an array in which there is nothing."""
+    found: dict[FeatureDtype, Errors] = {}
     for dtype in STORED:
         found[dtype] = {}
         for name, attribute in ARRAYS.items():
             array_XD = np.concatenate([getattr(tokens, attribute) for tokens in seen])
             error_XD = rounded(array_XD, dtype).astype(np.float64) - array_XD
-            found[dtype][name] = float(np.linalg.norm(error_XD) / np.linalg.norm(array_XD.astype(np.float64)))
+            size = np.linalg.norm(array_XD.astype(np.float64))
+            found[dtype][name] = float(np.linalg.norm(error_XD) / size) if size else None
     return found
 
 

@@ -136,6 +136,8 @@ def test_errors_are_of_all_tokens_together():
     # A step of int8 is 1 here: 0.5 becomes 0, all else is kept.
     assert found["int8"]["detector_tokens"] == pytest.approx(0.5 / np.linalg.norm([127, 0.5, 64, 1]))
     assert found["fp16"]["segmenter_tokens"] == found["bf16"]["segmenter_tokens"] == 0
+    without_objects = features_quality.relative_errors(pictures[:1])
+    assert without_objects["int8"]["detector_tokens"] is None and without_objects["int8"]["image_tokens"]
 
 
 def test_answers_are_compared_sample_by_sample():
@@ -158,6 +160,7 @@ def test_tables_have_a_row_for_each():
     assert features.steps_table(steps).splitlines()[2:] == ["| stage1 | fp16 | 250 | 10.0 | 4.0% | 5.0 | 2.5 | 2.5 |"]
     errors = {"fp16": {"image_tokens": 2e-4}, "int8": {"image_tokens": 7.5e-3}}
     assert features.errors_table(errors).splitlines()[2:] == ["| fp16 | 0.02% |", "| int8 | 0.75% |"]
+    assert features.errors_table({"fp16": {"image_tokens": None}}).splitlines()[2:] == ["| fp16 | – |"]
     one = Scored({"vqa_accuracy": 0.5}, {"a": "red", "b": "2"}, {"a": 1.0, "b": 0.0})
     other = Scored({"vqa_accuracy": 0.0}, {"a": "blue", "b": "2"}, {"a": 0.0, "b": 0.0})
     assert features.scores_table({("val", "fp16"): one, ("val", "int8"): other}).splitlines()[2:] == [
