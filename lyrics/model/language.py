@@ -5,6 +5,7 @@ Shapes: R rows, S positions of a row.
 
 import contextlib
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ OBJECT = "\N{OBJECT REPLACEMENT CHARACTER}"  # where an object's own query token
 IGNORED = -100
 NOBODY = -1  # padding belongs to no sample
 WORD = -1  # where no query token stands
+_REMEMBERED = 1 << 16  # texts: those of an epoch of `tiny`
+_PLACE = re.compile("\ue000(.+?)\ue001")  # in a rendered template, where a text goes
+_PROBE = "a <b> & 'c' \"d\"\ne"  # what a template that escapes or rewrites texts would change
 _BOX = re.compile(r":? (?:\d+ \d+ \d+ \d+|\[[^\]]*\]);")  # what `refiner.spatial_text` writes after a tag
 
 
@@ -92,7 +96,14 @@ class Conversation:
 
 
 class PromptTemplate:
-    """The language model's own chat template, with `<image>` and `spatial_text` in it (params/templates)."""
+    """The language model's own chat template, with `<image>` and `spatial_text` in it (params/templates).
+
+    In training this runs for every turn of every sample of a step. So the template is rendered once for each number of
+    messages, with places for their texts, and token ids of the texts seen last are remembered.
+
+    Raises:
+        InputError: the template has no `<image>`, or does not write texts as they are.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template or IMAGE not in str(tokenizer.chat_template):
@@ -103,6 +114,9 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
+        self._ids = functools.lru_cache(_REMEMBERED)(self._tokenized)
+        self._form = functools.cache(self._rendered_once)
+        self._check_texts()
 
     def conversation(
         self,
@@ -122,29 +136,33 @@ class PromptTemplate:
         """
         assert len(questions) - len(answers) in (0, 1)
         assert spatial_text.count(OBJECT) == len(beside)
-        messages: list[dict[str, str]] = []
+        messages: list[str] = []
         ids: list[int] = []
         queries: list[int] = []
         spans = []
         told = ""
         for turn, question in enumerate(questions):
-            messages.append({"role": "user", "content": question.replace(OBJECT, " ")})
-            asked = self._render(messages, spatial_text, add_generation_prompt=True)
-            text = self._continued(told, asked)
+            messages.append(question.replace(OBJECT, " "))
+            asked = self._render(messages, spatial_text)
+            if turn:
+                told = self._up_to_end(told, asked, answers[turn - 1])
+            text = asked[len(told) :]
             for part in self.parts(text, first, beside) if turn == 0 else [text]:
                 if isinstance(part, str):
                     words = self._ids(part)
-                    ids, queries = ids + words, queries + [WORD] * len(words)
+                    ids += words
+                    queries += [WORD] * len(words)
                 else:
-                    ids, queries = ids + [self.pad] * len(part), queries + list(part)
+                    ids += [self.pad] * len(part)
+                    queries += part
             if turn == len(answers):
                 break
             answer = self.answer(answers[turn])
             spans.append((len(ids), len(ids) + len(answer)))
-            ids, queries = ids + answer, queries + [WORD] * len(answer)
-            messages.append({"role": "assistant", "content": answers[turn]})
-            if turn + 1 < len(questions):
-                told = self._up_to_end(asked, messages, spatial_text)
+            ids += answer
+            queries += [WORD] * len(answer)
+            messages.append(answers[turn])
+            told = asked
         return Conversation(ids, queries, tuple(spans))
 
     @staticmethod
@@ -159,8 +177,7 @@ class PromptTemplate:
 
     def render(self, question: str, spatial_text: str) -> str:
         """The prompt of one question as text."""
-        messages = [{"role": "user", "content": question.replace(OBJECT, " ")}]
-        return self._render(messages, spatial_text, add_generation_prompt=True)
+        return self._render([question.replace(OBJECT, " ")], spatial_text)
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token: the span that carries the loss."""
@@ -169,35 +186,60 @@ class PromptTemplate:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _render(self, messages: list[dict[str, str]], spatial_text: str, *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[str], spatial_text: str) -> str:
+        """The dialogue as text, up to where its next answer starts; questions and answers take turns."""
+        return self._form(len(messages), bool(spatial_text)).format(*messages, spatial=spatial_text)
+
+    def _rendered_once(self, messages: int, spatial: bool) -> str:
+        """What the template writes, as a format string with places for the messages and `spatial`."""
+        text = self._by_template([_place(n) for n in range(messages)], _place("spatial") if spatial else "")
+        return _PLACE.sub(r"{\1}", text.replace("{", "{{").replace("}", "}}"))
+
+    def _by_template(self, messages: Sequence[str], spatial_text: str) -> str:
+        spoken = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(messages)]
         return str(
             self.tokenizer.apply_chat_template(
-                messages, spatial_text=spatial_text, tokenize=False, add_generation_prompt=add_generation_prompt
+                spoken, spatial_text=spatial_text, tokenize=False, add_generation_prompt=True
             )
         )
 
-    def _up_to_end(self, asked: str, messages: list[dict[str, str]], spatial_text: str) -> str:
-        """The conversation up to the last answer's end token; what may follow it belongs to the next question."""
-        answered = self._render(messages, spatial_text, add_generation_prompt=False)
-        said = f"{messages[-1]['content']}{self.tokenizer.eos_token}"
-        added = self._continued(asked, answered)
+    def _check_texts(self) -> None:
+        messages = [f"{n} {_PROBE}" for n in range(3)]
+        for spatial_text in ("", _PROBE):
+            found, expected = self._by_template(messages, spatial_text), self._render(messages, spatial_text)
+            if found != expected:
+                raise InputError(
+                    f"The chat template of {self.tokenizer.name_or_path} writes {found!r:.200}, expected "
+                    f"{expected!r:.200}: it must write questions, answers and spatial_text as they are. Correct the "
+                    "template in params/templates"
+                )
+
+    def _up_to_end(self, before: str, asked: str, answer: str) -> str:
+        """The text up to the end token of the last answer; what follows it belongs to the next question.
+
+        Args:
+            before: as rendered up to where the answer starts.
+            asked: as rendered with the answer and the next question.
+        """
+        if not asked.startswith(before):
+            raise InputError(
+                f"The chat template of {self.tokenizer.name_or_path} changes what came before when a message is added; "
+                "dialogues need one that only appends. Correct the template in params/templates"
+            )
+        added, said = asked[len(before) :], f"{answer}{self.tokenizer.eos_token}"
         if not added.lstrip().startswith(said):
             raise InputError(
                 f"The chat template of {self.tokenizer.name_or_path} writes {added!r:.80} for an answer; expected the "
                 f"answer and then the end token {self.tokenizer.eos_token}. Correct the template in params/templates"
             )
-        return asked + added[: added.index(said) + len(said)]
+        return before + added[: added.index(said) + len(said)]
 
-    def _continued(self, told: str, text: str) -> str:
-        if not text.startswith(told):
-            raise InputError(
-                f"The chat template of {self.tokenizer.name_or_path} changes what came before when a message is added; "
-                "dialogues need one that only appends. Correct the template in params/templates"
-            )
-        return text[len(told) :]
+    def _tokenized(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+def _place(text: int | str) -> str:
+    return f"\ue000{text}\ue001"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

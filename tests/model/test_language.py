@@ -1,5 +1,6 @@
 """Conversations as token ids, with the spans of their answers; how rows are padded and packed."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,40 @@ def test_a_token_stands_behind_the_tag_of_its_object_whatever_the_question_holds
     said = as_text(words, found).replace(" ", "")
     assert "cup<3>12457891;star<2>342030;" in said and "Whatisit?" in said
     assert found.queries.count(3) == found.queries.count(2) == 1
+
+
+@pytest.mark.parametrize("name", sorted(ENDS))
+@pytest.mark.parametrize("spatial_text", ["", "cup 1 2; "])
+@pytest.mark.parametrize(
+    "question", ["What is it?", " \ue0001\ue001 {{ eos_token }} <b> & \n'\"", "", "\ue000spatial\ue001"]
+)
+def test_a_prompt_is_what_the_template_writes_whatever_its_texts_hold(
+    name: str, spatial_text: str, question: str
+) -> None:
+    words = tokenizer(name)
+    asked = [{"role": "user", "content": question}]
+    expected = words.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, spatial_text=spatial_text)
+    assert PromptTemplate(words).render(question, spatial_text) == expected
+
+
+@pytest.mark.parametrize("change", ["upper", "e", "replace('a', 'b')"])
+def test_a_template_that_changes_texts_is_refused(change: str) -> None:
+    words = tokenizer("llama")
+    assert isinstance(words.chat_template, str)
+    words.chat_template = words.chat_template.replace("message.content", f"message.content | {change}")
+    with pytest.raises(InputError, match="must write questions, answers and spatial_text as they are"):
+        PromptTemplate(words)
+
+
+def test_a_dialogue_that_comes_again_is_neither_rendered_nor_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tokenizer("llama")
+    template = PromptTemplate(words)
+    first = template.conversation(QUESTIONS, ANSWERS, "cup 1 2;", range(2))
+    expected = dataclasses.replace(first, ids=[*first.ids])
+    first.ids.clear()  # whoever changes what was given changes nothing that is remembered
+    monkeypatch.setattr(type(words), "__call__", None)
+    monkeypatch.setattr(type(words), "apply_chat_template", None)
+    assert template.conversation(QUESTIONS, ANSWERS, "cup 1 2;", range(2)) == expected
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,30 @@ def test_a_damaged_shard_is_refused_by_name(split, name, damage, verify):
         RefinedSplit(split[0], verify=verify).seen("i1")
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+def test_a_shard_is_opened_without_parsing_headers(split, tmp_path_factory, dtype, monkeypatch):
+    _, images, tokens, _ = split
+    folder = tmp_path_factory.mktemp("again") / "shard-00000"
+    write(folder, images[:2], tokens[:2], feature_dtype=dtype)
+    expected = {name: np.load(folder / f"{name}.npy") for name in NAMES}
+    monkeypatch.setattr(np, "load", None)
+    opened = shard_files.open_shard(folder, 2)
+    for name in NAMES:
+        np.testing.assert_array_equal(opened.packed[name].values_XD, expected[name])
+        assert not opened.packed[name].values_XD.flags.writeable
+
+
+@pytest.mark.parametrize("other", [{"version": (2, 0)}, {"fortran": True}])
+def test_a_file_with_another_header_is_read_by_it(split, other):
+    file = split[0] / "shard-00000/image_tokens.npy"
+    array = np.load(file)
+    with file.open("wb") as written:
+        kept = np.asfortranarray(array) if "fortran" in other else array
+        np.lib.format.write_array(written, kept, version=other.get("version"))
+    packed = shard_files.open_shard(file.parent, 2).packed["image_tokens"]
+    np.testing.assert_array_equal(packed.values_XD, array)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("shard", [0, 1])
 def test_one_flipped_bit_is_found_when_the_split_is_opened(split, dtype, shard):

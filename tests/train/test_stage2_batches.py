@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lyrics.data.records import Sample
 from lyrics.errors import InputError
-from lyrics.train.stage2_batches import NO_FIRST, First, Stage2Data, mixing_weights
+from lyrics.seeding import rng
+from lyrics.train.stage2_batches import NO_FIRST, First, Stage2Data, _choose, mixing_weights
 
 
 def test_without_shares_tasks_mix_by_the_square_root_of_their_size() -> None:
@@ -116,3 +118,12 @@ def test_questions_about_a_picture_make_one_sample_and_none_comes_twice() -> Non
         ("r", both),
         ("x", frozenset({"How many?"})),
     }
+
+
+def test_a_group_is_drawn_as_numpy_draws_it() -> None:
+    for seed in range(300):
+        weight_T = rng(seed, "weights").random(1 + seed % 6)
+        weights = {str(place): float(weight) for place, weight in enumerate(weight_T)}
+        expected = rng(seed, "draw").choice(len(weight_T), p=weight_T / np.sum(weight_T))
+        assert _choose(weights, rng(seed, "draw")) == str(expected)
+    assert {_choose({"a": 0.0, "b": 2.0, "c": 0.0}, rng(seed)) for seed in range(50)} == {"b"}
