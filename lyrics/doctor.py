@@ -50,6 +50,7 @@ def findings_for(preset: str) -> Iterator[Finding]:
     yield check_packages(LOCK)
     yield from check_needs(preset)
     yield check_threads()
+    yield check_bf16()
     yield check_java(shutil.which("java"))
     yield check_gpu(preset)
     yield from check_weights(FOUNDATION)
@@ -134,6 +135,20 @@ def check_threads() -> Finding:
             subject="threads", level="note", found="1 processor", cure="expect twice the time stated for two"
         )
     return Finding(subject="threads", level="ok", found=f"{usable} processors")
+
+
+def check_bf16() -> Finding:
+    """What `precision: auto` finds on this machine."""
+    try:
+        import torch
+
+        from lyrics.numerics import has_native_bf16
+    except ImportError as error:
+        return Finding(subject="bf16", level="note", found=f"unknown: {error}", cure="install the packages first")
+    if torch.cuda.is_available() or has_native_bf16(torch.device("cpu")):
+        return Finding(subject="bf16", level="ok", found="products in bf16")
+    cure = "precision auto computes in fp32 here: training takes a multiple of the times stated"
+    return Finding(subject="bf16", level="note", found="the processor has no products in bf16", cure=cure)
 
 
 def check_java(java: str | None) -> Finding:

@@ -134,3 +134,10 @@ def test_doctor_notices_threads_held_back(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert "OMP_NUM_THREADS=1 on 4 processors" in doctor.check_threads().found
+
+
+def test_doctor_says_which_products_precision_auto_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for native, said in ((True, "products in bf16"), (False, "the processor has no products in bf16")):
+        monkeypatch.setattr("lyrics.numerics.has_native_bf16", lambda _, native=native: native)
+        assert doctor.check_bf16().found == said
