@@ -21,7 +21,7 @@ from lyrics.model.inputs import SeenImage, TextTokenizer
 from lyrics.model.language import OBJECT, WORD, Conversation
 from lyrics.model.lyrics import LyricsModel
 from lyrics.model.mq_former import MQFormerConfig
-from lyrics.plan import costs, memory, parts, report, steps, storage
+from lyrics.plan import costs, measure, memory, parts, report, steps, storage
 from lyrics.plan.hardware import GIB, Assumptions, Hardware, read_assumptions, read_hardware
 from lyrics.train import losses
 from lyrics.train.objectives import Objectives
@@ -339,3 +339,11 @@ def test_the_readme_shows_what_the_command_prints() -> None:
     shown = re.search(r"^```text\n(preset paper,.*?)```$", readme, re.MULTILINE | re.DOTALL)
     assert shown is not None
     assert shown[1].strip() == report.text(report.plan(["preset=paper"], run=RUN)).strip()
+
+
+def test_products_in_bf16_are_measured_on_less_where_they_are_a_loop(monkeypatch):
+    monkeypatch.setattr(measure, "_seconds", lambda run, device: 1.0)
+    for native, side in ((True, 2048), (False, 256)):
+        monkeypatch.setattr(measure, "has_native_bf16", lambda _, native=native: native)
+        assert measure._product_tflops(torch.bfloat16, torch.device("cpu")) == 2 * side**3 / 1e12
+        assert measure._product_tflops(torch.float32, torch.device("cpu")) == 2 * 2048**3 / 1e12

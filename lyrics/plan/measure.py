@@ -12,10 +12,11 @@ import torch
 
 from lyrics.config import Config
 from lyrics.errors import InputError
+from lyrics.numerics import has_native_bf16
 from lyrics.plan.hardware import GIB, Assumptions, Hardware
 from lyrics.plan.memory import StageCost
 
-_SIDE, _COPIED = 2048, 2**26
+_SIDE, _SLOW_SIDE, _COPIED = 2048, 256, 2**26
 _ROUNDS = 5
 _MOST_SECONDS = 60.0  # of one step by the roofline, which on a CPU says too much; what is slower is not tried
 _TIMEOUT_SECONDS = 600
@@ -63,8 +64,10 @@ def rehearse(stage: str, config: Config, assumed: Assumptions, cost: StageCost, 
 
 
 def _product_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    left = torch.randn(_SIDE, _SIDE, device=device).to(dtype)
-    return 2 * _SIDE**3 / _seconds(lambda: left @ left, device) / 1e12
+    # Without products in bf16 torch takes a loop for them: seconds for what others do in milliseconds.
+    side = _SIDE if dtype == torch.float32 or has_native_bf16(device) else _SLOW_SIDE
+    left = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / _seconds(lambda: left @ left, device) / 1e12
 
 
 def _bandwidth_gb_s(device: torch.device) -> float:
