@@ -54,7 +54,7 @@ def build(
 class Muon(torch.optim.Muon):
     """torch's, which always iterates in bf16: in float32 where a processor has no products in bf16.
 
-    There a step of stage 1 of `tiny` took 41 of 57 seconds of products in bf16.
+    There such a product is a loop: in a profile of stage 1 of `tiny` these products were 41 of 57 seconds.
     """
 
     @torch.no_grad()

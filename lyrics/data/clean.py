@@ -112,7 +112,9 @@ def clean(
         The report.
     """
 
-    def each(name: str, load: Callable[[], Callable[[Path], int]], done: Callable[[Path], bool], of=shards) -> None:
+    def each(
+        name: str, load: Callable[[], Callable[[Path], int]], done: Callable[[Path], bool], of: Sequence[Path] = shards
+    ) -> None:
         engine.run_shards(by, load, of, done=done, name=f"clean/{name}", tracker=tracker)
 
     def written(folder: str) -> Callable[[Path], bool]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lyrics import seeding
 from lyrics.data import folders, pope, sets, vqa
 from lyrics.data.formats import ABSENT, write_coco, write_document, write_json_lines
+from lyrics.data.held_out import EVALUATED
 from lyrics.data.ledger import Ledger
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.io import write_json, write_text
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from lyrics.config import Config
     from lyrics.stage import Tracker
 
-EVALUATED = ("val", "test", "test_ood")
 # What dvc.yaml names inside data/raw: these folders are there even where a source has no such split.
 NAMED = {
     "foundation": "Nothing is fitted on this source: the frozen parts come from elsewhere.",

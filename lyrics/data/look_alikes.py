@@ -18,7 +18,9 @@ from lyrics import io
 from lyrics.data import filters
 from lyrics.data.clean_judge import Verdict, read_verdicts, write_verdicts
 
-_BAND_BITS = 22  # twelve bands of twenty bits: of pictures at a cosine of 0.95 all but three in a thousand share one
+_BAND_BITS = (
+    22  # twelve bands of twenty bits; at a cosine of 0.95, after centring, all but three in a thousand share one
+)
 _SEED = 0
 
 

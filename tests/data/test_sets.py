@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from small_files import jpeg, save, save_lines, tar_of
 
 from lyrics.config import Data, FileSet
@@ -252,3 +253,18 @@ def test_one_picture_under_two_names_is_one_picture(folder, ingested):
     path = save_lines(folder / "pope.json", lines)
     raw = ingested({"format": "pope", "path": path, "images": "images", "split": "test"})
     assert [len(read_split(raw / "test").images), len(read_split(raw / "test").samples)] == [1, 2]
+
+
+def test_near_copies_of_held_out_pictures_are_not_trained_on(folder, ingested):
+    """Stored again, smaller: other pixels, which look the same."""
+    names = [draw(folder, name, seed) for name, seed in (("measured.jpg", 1), ("own.jpg", 2))]
+    with Image.open(folder / "images" / names[0]) as original:
+        original.resize((36, 27)).save(folder / "images" / "copy.jpg", quality=70)
+    ask = {"text": "Is it?", "label": "no"}
+    test = save_lines(folder / "test.json", [{"question_id": 1, "image": names[0], **ask}])
+    lines = [{"question_id": n, "image": name, **ask} for n, name in enumerate(("copy.jpg", names[1]), start=2)]
+    train = save_lines(folder / "train.json", lines)
+    entry = {"format": "pope", "images": "images"}
+    raw = ingested({**entry, "path": train, "split": "instruct"}, {**entry, "path": test, "split": "test"})
+    assert rejected(raw) == [("train.json", "line 1", "leaked: the picture looks like test/measured.jpg")]
+    assert len(read_split(raw / "instruct").images) == len(read_split(raw / "test").images) == 1
