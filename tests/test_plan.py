@@ -174,6 +174,7 @@ def test_a_planned_step_of_stage_1_multiplies_what_the_stage_multiplies(checkpoi
     config = small("stage1.objectives=all", f"stage1.activation_checkpointing={checkpointing}")
     built = parts.build(config, assumed("tiny"), "cpu")
     s = steps.shapes(config, assumed("tiny"), built.encoder.patches, 4)
+    s = dataclasses.replace(s, pair=s.caption + s.spatial)  # of one length: matching pads nothing
     planned = steps.stage1(config, built, s)
     words: Any = Words()
     stage = Objectives(built.mq_former, words, itc_cross_query=True, smoothing=0.1)

@@ -45,6 +45,7 @@ class Assumptions:
 
     `pairs` None: the scenes of params/world. `objects`: in the picture of a batch that has most. Tokens are those of
     MQ-Former's tokenizer, but `object_tokens_llm` and `prompt_tokens` (the chat template) of the language model's.
+    `pair_tokens`: of a caption and a spatial text in a row, the mean of the parts in which matching pads them.
     `packed_share`: rows that a batch of stage 2 takes when it is packed, of those that it takes unpacked.
     `detector_*`: of a detector that is a file of the user's, which the plan cannot build.
     """
@@ -57,6 +58,7 @@ class Assumptions:
     object_tokens: Count
     object_tokens_llm: Count
     caption_tokens: Count
+    pair_tokens: Count
     instruction_tokens: Count
     answer_tokens: Count
     prompt_tokens: Amount

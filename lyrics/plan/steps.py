@@ -38,6 +38,7 @@ class Shapes:
     tag_tokens: int
     caption: int
     spatial: int
+    pair: int
     instruction: int
     prompt: int
     caption_prompt: int
@@ -63,6 +64,7 @@ def shapes(config: Config, assumed: Assumptions, patches: int, batch: int, ranks
         tag_tokens=assumed.tag_tokens,
         caption=assumed.caption_tokens,
         spatial=spatial,
+        pair=min(assumed.pair_tokens, assumed.caption_tokens + spatial),
         instruction=min(assumed.instruction_tokens + 2 + spatial, limit),
         prompt=asked + (objects if beside_objects else grounding) + read,
         caption_prompt=asked + grounding,
@@ -117,8 +119,8 @@ def stage1(config: Config, parts: Parts, s: Shapes) -> Trainee:
     mq_former.activation_checkpointing = settings.activation_checkpointing
     train_only(mq_former, settings.trainable, "stage1.trainable")
     image_bPD, local = _seen(mq_former, s)
-    captions, spatials, both = s.caption + 2, s.spatial + 2, s.caption + s.spatial + 3
-    both = min(both, config.mq_former.max_text_tokens)
+    captions, spatials = s.caption + 2, s.spatial + 2
+    both = min(s.pair + 3, config.mq_former.max_text_tokens)
     pairs = 3 * s.batch
     same_bB = torch.eye(s.batch, s.batch * s.ranks, dtype=torch.bool)
     matched_P = torch.arange(pairs) < s.batch
