@@ -62,7 +62,8 @@ def _from_captions(model: LyricsModel, data: Stage2Data, captions: list[Sample],
 
 def _unsaid(template: PromptTemplate, captions: Sequence[str], tags: Sequence[str], words_VE: Tensor) -> Tensor:
     """said_E: what captions say that no tag says, in the mean."""
-    tagged = {word for tag in tags for word in template.answer(tag)}
+    # After a space many vocabularies have another word.
+    tagged = {word for tag in tags for form in (tag, f" {tag}") for word in template.answer(form)}
     ids = [word for caption in captions for word in template.answer(caption) if word not in tagged]
     return (words_VE[ids] - words_VE.mean(0)).sum(0) / len(captions)
 

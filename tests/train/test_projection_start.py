@@ -1,5 +1,6 @@
 """The start of the projection in stage 2: which outputs it learns from, and what they are told."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_each_objects_output_is_told_what_no_tag_says() -> None:
     red, blue, joined = (words_VE[WORDS.index(word)] - mean_E for word in ("red", "blue", "and"))
     # A tag ends as an answer does, so no end is left; of the third picture there is no output to tell.
     np.testing.assert_allclose(said_PE[:2], torch.stack([red, (red + joined + blue + blue) / 2]), atol=1e-6)
+
+
+def test_a_tag_is_known_within_a_text_where_it_is_another_word() -> None:
+    """Byte-level vocabularies tell "cup", the start of a text, from " cup"."""
+    words = [*WORDS, *(f" {word}" for word in WORDS)]
+    model, data = project()
+    model.llm = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.eye(len(words))))
+    model.template = SimpleNamespace(
+        answer=lambda text: [*map(words.index, re.findall(" ?[^ ]+", text)), words.index("</s>")]
+    )
+    start_projection(model, data, torch.device("cpu"))
+    said_PE, words_VE = model.projection.given[2:]
+    torch.testing.assert_close(said_PE[0], words_VE[words.index("red")] - words_VE.mean(0))  # of "red cup"
 
 
 def test_features_that_are_not_finite_are_named() -> None:
