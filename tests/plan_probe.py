@@ -43,7 +43,9 @@ def mean_of_medians(at: list[float], kind_of: Callable[[int], int]) -> float:
 
 def main(verb: str, steps: int) -> None:
     from lyrics import config as schema
+    from lyrics.process import keep_freed_memory
 
+    keep_freed_memory()  # as a stage does
     stage = STAGES[verb]
     config = schema.load()
     settings = getattr(config, stage)
