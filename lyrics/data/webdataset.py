@@ -64,12 +64,11 @@ def each(tar: Path) -> Iterator[WebPair | Rejected]:
     key, place = "", 0
     parts: dict[str, bytes] = {}
     damage: InputError | None = None
-    for member, content in _members(tar):
+    for member, reason, content in _members(tar):
         if isinstance(member, InputError):
             damage = member
             break
-        reason = _fault(member)
-        if reason is None and content is not None:
+        if content is not None:
             folder, _, base = member.name.rpartition("/")
             stem, _, suffix = base.partition(".")
             name = f"{folder}/{stem}" if folder else stem
@@ -101,8 +100,8 @@ class _Cautious(io.BufferedReader):
         return self.last
 
 
-def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo | InputError, bytes | None]]:
-    """Headers, with the content of those that belong to a pair; at the end what is wrong with the tar, if anything."""
+def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo | InputError, str | None, bytes | None]]:
+    """Headers, why they are set aside, the content of those that belong to a pair; last what is wrong with the tar."""
     last = -1
     try:
         with _Cautious(Unpacked(tar)) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
@@ -111,15 +110,17 @@ def _members(tar: Path) -> Iterator[tuple[tarfile.TarInfo | InputError, bytes | 
                 if member.offset <= last:
                     raise tarfile.ReadError(f"the member at byte {last} points backwards")
                 last = member.offset
-                extracted = opened.extractfile(member) if _is_part(member) and _fault(member) is None else None
-                yield member, None if extracted is None else extracted.read()
+                fault = _fault(member)
+                extracted = opened.extractfile(member) if fault is None and _is_part(member) else None
+                yield member, fault, None if extracted is None else extracted.read()
             if stream.last.strip(b"\0"):  # tarfile takes any block that is no header for the end
                 raise tarfile.ReadError("no header where one should be")
     except InputError as error:
-        yield error, None
+        yield error, None, None
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, OverflowError, RecursionError) as e:
         reached = f" after byte {last}" if last >= 0 else ""
-        yield InputError(f"{tar} is not a readable tar{reached}: {printable(e)}; write or download it again"), None
+        damage = InputError(f"{tar} is not a readable tar{reached}: {printable(e)}; write or download it again")
+        yield damage, None, None
 
 
 def _is_part(member: tarfile.TarInfo) -> bool:
