@@ -183,6 +183,16 @@ def test_a_planned_step_of_stage_1_multiplies_what_the_stage_multiplies(checkpoi
     assert products(lambda: planned.loss(0)) == pytest.approx(own, rel=0.02)
 
 
+def test_pairs_of_matching_are_as_long_as_said_and_at_most_their_two_texts() -> None:
+    def flops(pair_tokens: int) -> float:
+        given = dataclasses.replace(assumed("tiny"), pair_tokens=pair_tokens)
+        return memory.meter("stage1", small(), given, hardware("cpu-2")).flops
+
+    tiny = assumed("tiny")
+    whole = tiny.caption_tokens + tiny.objects * tiny.object_tokens
+    assert flops(tiny.pair_tokens) < flops(whole) == flops(10 * whole)
+
+
 @pytest.mark.parametrize(("packing", "checkpointing"), [("true", "false"), ("false", "true")])
 def test_a_planned_step_of_stage_2_multiplies_what_the_stage_multiplies(packing: str, checkpointing: str) -> None:
     switches = [f"stage2.packing={packing}", f"stage2.activation_checkpointing={checkpointing}"]
