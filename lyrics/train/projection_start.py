@@ -30,7 +30,7 @@ def start_projection(model: LyricsModel, data: Stage2Data, device: torch.device)
         InputError: features are not finite.
     """
     # The language model may be too large for one device; it moves when it is sharded.
-    model.mq_former.to(device)
+    model.mq_former.to(device).eval()  # dropout is noise that a regression takes for what pictures differ in
     model.projection.to(device)
     embeddings: Any = model.llm.get_input_embeddings()
     words_VE = embeddings.weight.to(device)

@@ -31,6 +31,7 @@ def project(damaged: str = "") -> tuple[Any, Any]:
     """A model of one visual and three grounding queries; output q of picture p is 10 p + q."""
 
     def outputs(_: list[str], seen: list[Any]) -> torch.Tensor:
+        assert not mq_former.training  # dropout
         rows = [10.0 * "abc".index(one.name) + torch.arange(4.0) for one in seen]
         return torch.stack(rows)[..., None].expand(-1, -1, 2)
 
