@@ -1,6 +1,6 @@
 """From MQ-Former's width to the language model's (paper section 4): one linear layer, as in BLIP-2.
 
-Shapes: B batch, Q queries, P pictures, X query outputs, D MQ-Former width, E language width, V vocabulary.
+Shapes: B batch, Q queries, X query outputs, D MQ-Former width, E language width, V vocabulary.
 """
 
 import math
@@ -48,31 +48,22 @@ class Projection(nn.Module):
         self.linear.bias.copy_(words_VE.double().mean(0) - weight_ED @ mean_D)
 
     @torch.no_grad()
-    def start_from_captions(self, query_XD: Tensor, picture_X: Tensor, said_PE: Tensor, words_VE: Tensor) -> None:
-        """Start so that the tokens of a picture add up to what its captions say.
-
-        A ridge regression from the sum of a picture's outputs to the sum of its captions' words: as the sums are
-        linear, each output comes near the words of its own object. Its spread is then that of words.
+    def start_from_answers(self, query_XD: Tensor, answer_XE: Tensor, words_VE: Tensor) -> None:
+        """Start so that an object's token is what is said of it, by a ridge regression; its spread is that of words.
 
         Args:
-            query_XD: outputs of queries that have an object.
-            picture_X: number of the picture that each belongs to.
-            said_PE: sum of the embeddings of a caption's words, each less the mean of all words.
+            query_XD: outputs of queries, each of an object that was asked about.
+            answer_XE: sum of the embeddings of the answer's words, each less the mean of all words.
         """
-        x_XD, words_VE = query_XD.double(), words_VE.double()
-        zero_P = x_XD.new_zeros(len(said_PE))
-        count_P1 = zero_P.index_add(0, picture_X, x_XD.new_ones(len(x_XD)))[:, None]  # takes what all objects share
-        sums_PD = x_XD.new_zeros(len(said_PE), x_XD.shape[1]).index_add(0, picture_X, x_XD)
-        inputs_PF = torch.cat([sums_PD, count_P1], dim=1)
-        inputs_PF = inputs_PF - inputs_PF.mean(0)
-        outputs_PE = said_PE.double() - said_PE.double().mean(0)
-        covariance_FF = inputs_PF.T @ inputs_PF / len(inputs_PF)
-        ridge_F = torch.full_like(covariance_FF[0], float(covariance_FF.diagonal()[:-1].mean()) * _RIDGE + _TINY)
-        weight_FE = torch.linalg.solve(covariance_FF + ridge_F.diag(), inputs_PF.T @ outputs_PE / len(inputs_PF))
-        weight_ED = weight_FE[:-1].T
+        x_XD, y_XE, words_VE = query_XD.double(), answer_XE.double(), words_VE.double()
         mean_D = x_XD.mean(0)
-        spread = ((x_XD - mean_D) @ weight_ED.T).std(0).mean().clamp(min=_TINY)
-        weight_ED = weight_ED * words_VE.std(0).mean() / spread
+        x_XD = x_XD - mean_D
+        covariance_DD = x_XD.T @ x_XD / len(x_XD)
+        ridge = float(covariance_DD.diagonal().mean()) * _RIDGE + _TINY
+        covariance_DD.diagonal().add_(ridge)
+        weight_DE = torch.linalg.solve(covariance_DD, x_XD.T @ (y_XE - y_XE.mean(0)) / len(x_XD))
+        spread = (x_XD @ weight_DE).std(0).mean().clamp(min=_TINY)
+        weight_ED = (weight_DE * words_VE.std(0).mean() / spread).T
         self.linear.weight.copy_(weight_ED)
         self.linear.bias.copy_(words_VE.mean(0) - weight_ED @ mean_D)
 

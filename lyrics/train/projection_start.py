@@ -3,13 +3,15 @@
 Shapes: B batch, Q queries, X query outputs, D MQ-Former width, E language width, V vocabulary.
 """
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lyrics.data.prompts import DESCRIBE
+from lyrics.data.prompts import instruction
 from lyrics.data.records import Sample
 from lyrics.errors import InputError
 from lyrics.model.inputs import SeenImage
@@ -18,13 +20,15 @@ from lyrics.model.lyrics import LyricsModel
 from lyrics.train.stage2_batches import Stage2Data, not_finite
 
 _SAMPLES = 256
-_CAPTIONED = 2000
+_ANSWERED = 2000
 _PICTURES_AT_ONCE = 100
 
 
 @torch.no_grad()
 def start_projection(model: LyricsModel, data: Stage2Data, device: torch.device) -> None:
-    """From captions where each grounding query has its object, else from the spread of the outputs alone.
+    """From answers about single objects where each grounding query has its object, else from the outputs' spread alone.
+
+    The answers are those of `stage2.first.kinds`: what the text does not hold, the tokens have to.
 
     Raises:
         InputError: features are not finite.
@@ -34,38 +38,46 @@ def start_projection(model: LyricsModel, data: Stage2Data, device: torch.device)
     model.projection.to(device)
     embeddings: Any = model.llm.get_input_embeddings()
     words_VE = embeddings.weight.to(device)
-    captions = [sample for sample in data.split.samples if sample.task == "caption"][:_CAPTIONED]
-    if model.tokens_beside_objects and captions:
-        _from_captions(model, data, captions, words_VE)
+    answered = list(itertools.islice(_about_one_object(data), _ANSWERED)) if model.tokens_beside_objects else []
+    if answered:
+        query_XD = _outputs(model, data, answered)
+        answer_XE = torch.stack([_said(model.template, sample.references, words_VE) for sample, _ in answered])
+        model.projection.start_from_answers(query_XD, answer_XE, words_VE)
         return
     first = data.batch(0, _SAMPLES)
     _check(first.ids, first.seen)
     model.projection.start_from(model.query_outputs(first.instructions, first.seen), words_VE)
 
 
-def _from_captions(model: LyricsModel, data: Stage2Data, captions: list[Sample], words_VE: Tensor) -> None:
-    config, outputs, pictures, said = model.mq_former.config, [], [], []
-    for start in range(0, len(captions), _PICTURES_AT_ONCE):
-        part = captions[start : start + _PICTURES_AT_ONCE]
-        seen = data.split.see([sample.image_id for sample in part])
-        _check([sample.sample_id for sample in part], seen)
-        query_BQD = model.query_outputs([DESCRIBE] * len(part), seen)
-        for row, (sample, picture) in enumerate(zip(part, seen, strict=True)):
-            own = slice(config.visual_queries, config.visual_queries + len(picture.tags))
-            outputs.append(query_BQD[row, own])
-            pictures += [start + row] * len(outputs[-1])
-            said.append(_unsaid(model.template, sample.references, picture.tags, words_VE))
-    if pictures:
-        picture_X = torch.tensor(pictures, device=words_VE.device)
-        model.projection.start_from_captions(torch.cat(outputs), picture_X, torch.stack(said), words_VE)
+def _about_one_object(data: Stage2Data) -> Iterator[tuple[Sample, int]]:
+    """Questions of `stage2.first.kinds` that name one object of their picture, by its tag, and its number there."""
+    for sample in data.split.samples:
+        if sample.kind not in data.first.kinds or not sample.references:
+            continue
+        tags = data.split.images[sample.image_id].tags
+        named = [n for n, tag in enumerate(tags) if re.search(rf"\b{re.escape(tag)}\b", sample.question, re.IGNORECASE)]
+        if len(named) == 1:
+            yield sample, named[0]
 
 
-def _unsaid(template: PromptTemplate, captions: Sequence[str], tags: Sequence[str], words_VE: Tensor) -> Tensor:
-    """said_E: what captions say that no tag says, in the mean."""
-    # After a space many vocabularies have another word.
-    tagged = {word for tag in tags for form in (tag, f" {tag}") for word in template.answer(form)}
-    ids = [word for caption in captions for word in template.answer(caption) if word not in tagged]
-    return (words_VE[ids] - words_VE.mean(0)).sum(0) / len(captions)
+def _outputs(model: LyricsModel, data: Stage2Data, answered: Sequence[tuple[Sample, int]]) -> Tensor:
+    """query_XD: for each question the output of the query that its object has."""
+    config, outputs = model.mq_former.config, []
+    for start in range(0, len(answered), _PICTURES_AT_ONCE):
+        part = answered[start : start + _PICTURES_AT_ONCE]
+        seen = data.split.see([sample.image_id for sample, _ in part])
+        _check([sample.sample_id for sample, _ in part], seen)
+        query_BQD = model.query_outputs([instruction(sample) for sample, _ in part], seen)
+        own = [config.visual_queries + number % config.grounding_queries for _, number in part]
+        outputs.append(query_BQD[range(len(part)), own])
+    return torch.cat(outputs)
+
+
+def _said(template: PromptTemplate, answers: Sequence[str], words_VE: Tensor) -> Tensor:
+    """said_E: the words of the answers, in the mean over answers."""
+    # Within a text, where the token will stand, many vocabularies have other words than at its start.
+    ids = [word for answer in answers for word in template.answer(f" {answer}")[:-1]]
+    return (words_VE[ids] - words_VE.mean(0)).sum(0) / len(answers)
 
 
 def _check(ids: Sequence[str], seen: Sequence[SeenImage]) -> None:

@@ -27,26 +27,23 @@ def test_directions_without_any_variance_stay_finite() -> None:
     assert projection.linear.weight.isfinite().all() and projection.linear.bias.isfinite().all()
 
 
-def test_tokens_start_as_the_words_of_their_object_though_only_sums_are_told() -> None:
-    """Each object's output hides one of five words under noise that is larger; captions name the words of a picture."""
+def test_tokens_start_as_what_is_said_of_their_object() -> None:
+    """Each object's output hides one of five words under noise that is larger."""
     torch.manual_seed(0)
     words_VE, hidden_5D = 0.3 + 0.2 * torch.randn(50, 12), torch.randn(5, 16)
-    picture_X = torch.arange(400).repeat_interleave(3)
     word_X = torch.randint(5, (1200,))
     query_XD = 4 + 0.3 * hidden_5D[word_X] + 0.5 * torch.randn(1200, 16) @ torch.diag(torch.logspace(0, -2, 16))
-    said_XE = words_VE[word_X] - words_VE.mean(0)
-    said_PE = torch.zeros(400, 12).index_add(0, picture_X, said_XE)
     projection = Projection(16, 12)
-    projection.start_from_captions(query_XD, picture_X, said_PE, words_VE)
+    projection.start_from_answers(query_XD[:1000], words_VE[word_X[:1000]] - words_VE.mean(0), words_VE)
     token_XE = projection(query_XD).detach()
     own_5E = words_VE[:5] - words_VE[:5].mean(0)
     nearest_X = ((token_XE - token_XE.mean(0)) @ own_5E.T - own_5E.square().sum(1) / 2).argmax(1)
-    assert float((nearest_X == word_X).float().mean()) > 0.85
-    torch.testing.assert_close(token_XE.mean(0), words_VE.mean(0), atol=2e-3, rtol=0)
-    assert float(token_XE.std(0).mean()) == pytest.approx(float(words_VE.std(0).mean()), rel=1e-3)
+    assert float((nearest_X == word_X)[1000:].float().mean()) > 0.85
+    torch.testing.assert_close(token_XE[:1000].mean(0), words_VE.mean(0), atol=2e-3, rtol=0)
+    assert float(token_XE[:1000].std(0).mean()) == pytest.approx(float(words_VE.std(0).mean()), rel=1e-3)
 
 
 def test_outputs_that_never_differ_stay_finite() -> None:
     projection = Projection(8, 8)
-    projection.start_from_captions(torch.zeros(6, 8), torch.arange(3).repeat(2), torch.zeros(3, 8), torch.randn(20, 8))
+    projection.start_from_answers(torch.zeros(6, 8), torch.zeros(6, 8), torch.randn(20, 8))
     assert projection.linear.weight.isfinite().all() and projection.linear.bias.isfinite().all()

@@ -4,7 +4,6 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,72 +11,89 @@ from lyrics.data.records import Sample
 from lyrics.errors import InputError
 from lyrics.train.projection_start import start_projection
 
-WORDS = ["cup", "red", "blue", "and", "</s>"]
-TAGS = {"a": ("cup",), "b": ("cup", "cup"), "c": ()}
+WORDS = ["red", "dark", "two", " red", " dark", " two", "</s>"]
+TAGS = {"a": ("star", "cup"), "b": ("cup", "cup", "star"), "c": ("cupboard", "traffic light", "star")}
 
 
 class Recorder(torch.nn.Module):
     """A projection that keeps what it would have learned from."""
 
-    def start_from_captions(self, *tensors: torch.Tensor) -> None:
+    def start_from(self, *tensors: torch.Tensor) -> None:
+        self.spread_of = tensors
+
+    def start_from_answers(self, *tensors: torch.Tensor) -> None:
         self.given = tensors
 
 
-def caption(image_id: str, *texts: str) -> Sample:
-    return Sample(sample_id=f"caption-{image_id}", image_id=image_id, task="caption", kind="caption", references=texts)
+def asked(image_id: str, question: str, *answers: str, kind: str = "colour") -> Sample:
+    name = f"{kind}-{image_id}"
+    return Sample(sample_id=name, image_id=image_id, task="vqa", kind=kind, question=question, references=answers)
 
 
-def project(damaged: str = "") -> tuple[Any, Any]:
-    """A model of one visual and three grounding queries; output q of picture p is 10 p + q."""
+def project(*samples: Sample, damaged: str = "", beside: bool = True) -> tuple[Any, Any]:
+    """A model of one visual and two grounding queries; output q of picture p is 10 p + q."""
 
-    def outputs(_: list[str], seen: list[Any]) -> torch.Tensor:
+    def outputs(instructions: list[str], seen: list[Any]) -> torch.Tensor:
         assert not mq_former.training  # dropout
-        rows = [10.0 * "abc".index(one.name) + torch.arange(4.0) for one in seen]
+        model.read = instructions
+        rows = [10.0 * "abc".index(one.name) + torch.arange(3.0) for one in seen]
         return torch.stack(rows)[..., None].expand(-1, -1, 2)
 
     def see(image_ids: list[str]) -> list[Any]:
-        return [SimpleNamespace(name=i, tags=TAGS[i], is_finite=lambda i=i: i != damaged) for i in image_ids]
+        return [SimpleNamespace(name=i, is_finite=lambda i=i: i != damaged) for i in image_ids]
+
+    def answer(text: str) -> list[int]:
+        return [*map(WORDS.index, re.findall(" ?[^ ]+", text)), WORDS.index("</s>")]
+
+    def batch(step: int, size: int) -> Any:
+        return SimpleNamespace(ids=("x",), instructions=["What?"], seen=see(["c"]))
 
     mq_former = torch.nn.Module()
-    mq_former.config = SimpleNamespace(visual_queries=1)  # type: ignore[assignment]
+    mq_former.config = SimpleNamespace(visual_queries=1, grounding_queries=2)  # type: ignore[assignment]
     embeddings = SimpleNamespace(weight=torch.eye(len(WORDS)))
     model = SimpleNamespace(
         mq_former=mq_former,
         projection=Recorder(),
         llm=SimpleNamespace(get_input_embeddings=lambda: embeddings),
-        tokens_beside_objects=True,
+        tokens_beside_objects=beside,
         query_outputs=outputs,
-        template=SimpleNamespace(answer=lambda text: [WORDS.index(w) for w in f"{text} </s>".split()]),
+        template=SimpleNamespace(answer=answer),
     )
-    samples = [caption("a", "red cup"), caption("b", "red cup and blue cup", "blue cup"), caption("c", "blue")]
-    return model, SimpleNamespace(split=SimpleNamespace(samples=samples, see=see))
+    images = {name: SimpleNamespace(tags=tags) for name, tags in TAGS.items()}
+    split = SimpleNamespace(samples=samples, images=images, see=see)
+    return model, SimpleNamespace(split=split, first=SimpleNamespace(kinds=("colour",)), batch=batch)
 
 
-def test_each_objects_output_is_told_what_no_tag_says() -> None:
-    model, data = project()
-    start_projection(model, data, torch.device("cpu"))
-    query_XD, picture_X, said_PE, words_VE = model.projection.given
-    assert query_XD[:, 0].tolist() == [1, 11, 12] and picture_X.tolist() == [0, 1, 1]
-    mean_E = words_VE.mean(0)
-    red, blue, joined = (words_VE[WORDS.index(word)] - mean_E for word in ("red", "blue", "and"))
-    # A tag ends as an answer does, so no end is left; of the third picture there is no output to tell.
-    np.testing.assert_allclose(said_PE[:2], torch.stack([red, (red + joined + blue + blue) / 2]), atol=1e-6)
-
-
-def test_a_tag_is_known_within_a_text_where_it_is_another_word() -> None:
-    """Byte-level vocabularies tell "cup", the start of a text, from " cup"."""
-    words = [*WORDS, *(f" {word}" for word in WORDS)]
-    model, data = project()
-    model.llm = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.eye(len(words))))
-    model.template = SimpleNamespace(
-        answer=lambda text: [*map(words.index, re.findall(" ?[^ ]+", text)), words.index("</s>")]
+def test_an_objects_output_is_told_the_answer_about_it() -> None:
+    model, data = project(
+        asked("a", "What color is the cup?", "red"),
+        asked("b", "What color is the cup?", "red"),  # of two cups
+        asked("b", "How many stars, or what star?", "two", kind="count"),  # told by the text
+        asked("b", "What color is the Star?", "dark red", "red"),
+        asked("c", "What color is the cup?", "red"),  # the cupboard is another thing
+        asked("c", "Is the star under the traffic light?", "red"),  # of two objects
+        asked("c", "What color is the traffic light?", "dark"),
     )
     start_projection(model, data, torch.device("cpu"))
-    said_PE, words_VE = model.projection.given[2:]
-    torch.testing.assert_close(said_PE[0], words_VE[words.index("red")] - words_VE.mean(0))  # of "red cup"
+    query_XD, answer_XE, words_VE = model.projection.given
+    # Two queries for three objects: the third shares the first one's.
+    assert query_XD[:, 0].tolist() == [2, 11, 22]
+    assert model.read == ["What color is the cup?", "What color is the Star?", "What color is the traffic light?"]
+    # As words stand within a text, and none of its end; the mean over answers.
+    red, dark = (words_VE[WORDS.index(word)] - words_VE.mean(0) for word in (" red", " dark"))
+    torch.testing.assert_close(answer_XE, torch.stack([red, (dark + red + red) / 2, dark]))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_without_answers_about_single_objects_it_is_the_spread_that_tells(beside: bool) -> None:
+    sample = asked("a", "What color is the cup?" if not beside else "What color is it?", "red")
+    model, data = project(sample, beside=beside)
+    start_projection(model, data, torch.device("cpu"))
+    assert not hasattr(model.projection, "given")
+    assert model.projection.spread_of[0][:, :, 0].tolist() == [[20, 21, 22]]
 
 
 def test_features_that_are_not_finite_are_named() -> None:
-    model, data = project(damaged="b")
-    with pytest.raises(InputError, match=r"features of caption-b are not finite.*python -m lyrics refine"):
+    model, data = project(asked("b", "What color is the star?", "red"), damaged="b")
+    with pytest.raises(InputError, match=r"features of colour-b are not finite.*python -m lyrics refine"):
         start_projection(model, data, torch.device("cpu"))
