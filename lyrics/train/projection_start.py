@@ -41,7 +41,8 @@ def start_projection(model: LyricsModel, data: Stage2Data, device: torch.device)
     answered = list(itertools.islice(_about_one_object(data), _ANSWERED)) if model.tokens_beside_objects else []
     if answered:
         query_XD = _outputs(model, data, answered)
-        answer_XE = torch.stack([_said(model.template, sample.references, words_VE) for sample, _ in answered])
+        mean_E = words_VE.mean(0)
+        answer_XE = torch.stack([_said(model.template, sample.references, words_VE, mean_E) for sample, _ in answered])
         model.projection.start_from_answers(query_XD, answer_XE, words_VE)
         return
     first = data.batch(0, _SAMPLES)
@@ -73,11 +74,11 @@ def _outputs(model: LyricsModel, data: Stage2Data, answered: Sequence[tuple[Samp
     return torch.cat(outputs)
 
 
-def _said(template: PromptTemplate, answers: Sequence[str], words_VE: Tensor) -> Tensor:
-    """said_E: the words of the answers, in the mean over answers."""
+def _said(template: PromptTemplate, answers: Sequence[str], words_VE: Tensor, mean_E: Tensor) -> Tensor:
+    """said_E: the words of the answers, each less the mean of all words, in the mean over answers."""
     # Within a text, where the token will stand, many vocabularies have other words than at its start.
     ids = [word for answer in answers for word in template.answer(f" {answer}")[:-1]]
-    return (words_VE[ids] - words_VE.mean(0)).sum(0) / len(answers)
+    return (words_VE[ids] - mean_E).sum(0) / len(answers)
 
 
 def _check(ids: Sequence[str], seen: Sequence[SeenImage]) -> None:

@@ -70,7 +70,7 @@ def test_an_objects_output_is_told_the_answer_about_it() -> None:
         asked("b", "What color is the cup?", "red"),  # of two cups
         asked("b", "How many stars, or what star?", "two", kind="count"),  # told by the text
         asked("b", "What color is the Star?", "dark red", "red"),
-        asked("c", "What color is the cup?", "red"),  # the cupboard is another thing
+        asked("a", "What color is the cupboard?", "red"),  # the cup is another thing
         asked("c", "Is the star under the traffic light?", "red"),  # of two objects
         asked("c", "What color is the traffic light?", "dark"),
     )
