@@ -1,8 +1,10 @@
 """Promotion in three steps (gates, alias, audit trail) and the way back."""
 
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +121,9 @@ def check(
             return Verdict(version=number, former=number, gates=(), already=True)
         again: tuple[int, ...] = ()
         if champion is None:
-            passed = gates.floors(_evaluation(client, chosen), settings.split, settings.minimum)
+            with _reports(client, chosen, "evaluation.json") as reports:
+                evaluation = io.read_json(reports / "evaluation.json")
+            passed = gates.floors(evaluation, settings.split, settings.minimum)
         else:
             ours, theirs, again = _on_one_test_set(client, chosen, champion, settings.split, evaluate_again)
             passed = gates.floors(ours.evaluation, settings.split, settings.minimum)
@@ -204,20 +208,21 @@ def _audit(client: "MlflowClient", action: str, champion: int, former: int | Non
     versions.record(client, action, champion=champion, former=former, reason=reason)
 
 
-def _evaluation(client: "MlflowClient", version: "ModelVersion") -> Mapping[str, Any]:
-    return io.read_json(_report(client, version, "evaluation.json"))
-
-
-def _report(client: "MlflowClient", version: "ModelVersion", name: str) -> Path:
-    """One file of the reports that were logged with a version."""
+@contextlib.contextmanager
+def _reports(client: "MlflowClient", version: "ModelVersion", *names: str) -> Iterator[Path]:
+    """A folder with these files of the reports that were logged with a version; it is gone afterwards."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        return Path(client.download_artifacts(str(version.run_id), f"reports/{name}"))
-    except (MlflowException, OSError) as error:
-        raise InputError(
-            f"{NAME} version {version.version} has no reports/{name} in its run; register it again"
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="lyrics-reports-") as temporary:
+        folder = Path(temporary)
+        for name in names:
+            try:  # into a folder of its own, because MLflow drops the artifact's
+                client.download_artifacts(str(version.run_id), f"reports/{name}", str((folder / name).parent))
+            except (MlflowException, OSError) as error:
+                raise InputError(
+                    f"{NAME} version {version.version} has no reports/{name} in its run; register it again"
+                ) from error
+        yield folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,10 +234,11 @@ class _Scores:
     sha256: str | None
 
     @classmethod
-    def read(cls, evaluation: Path, samples: Path, split: str) -> "_Scores":
-        values = io.read_json(evaluation)
-        sha256 = values.get("data", {}).get(split, {}).get("sha256")
-        return cls(evaluation=values, samples=gates.read_scores(samples), sha256=sha256)
+    def read(cls, reports: Path, split: str) -> "_Scores":
+        evaluation = io.read_json(reports / "evaluation.json")
+        samples = gates.read_scores(reports / f"samples/{split}.parquet")
+        sha256 = evaluation.get("data", {}).get(split, {}).get("sha256")
+        return cls(evaluation=evaluation, samples=samples, sha256=sha256)
 
     def comparable(self, other: "_Scores") -> bool:
         """Of the same data, the same choice of samples, and captions cut into words in the same way."""
@@ -249,19 +255,17 @@ def _on_one_test_set(
     evaluate_again: EvaluateAgain,
 ) -> tuple[_Scores, _Scores, tuple[int, ...]]:
     """Scores of candidate and champion, as logged where these can be compared, and which were measured again here."""
-    name = f"samples/{split}.parquet"
-    scores = {
-        int(v.version): _Scores.read(_report(client, v, "evaluation.json"), _report(client, v, name), split)
-        for v in (champion, candidate)
-    }
+    scores = {}
+    for version in (champion, candidate):
+        with _reports(client, version, "evaluation.json", f"samples/{split}.parquet") as reports:
+            scores[int(version.version)] = _Scores.read(reports, split)
     ours, theirs = int(candidate.version), int(champion.version)
     again = []
     if not scores[ours].comparable(scores[theirs]):
         here = io.sha256_tree(RAW / split) if (RAW / split).is_dir() else None
         # Whichever is of another test set than the one here comes first; often the other one's scores hold then.
         for number in sorted(scores, key=lambda number: scores[number].sha256 == here):
-            folder = evaluate_again(number, split)
-            scores[number] = _Scores.read(folder / "evaluation.json", folder / name, split)
+            scores[number] = _Scores.read(evaluate_again(number, split), split)
             again.append(number)
             if scores[ours].comparable(scores[theirs]):
                 break

@@ -1,5 +1,6 @@
 """Promotion, refusal and rollback of versions of different quality, on a real registry."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ def test_promotes_remembers_and_rolls_back(two_versions):
     assert [e["at"] for e in trail] == sorted(e["at"] for e in trail)
     with pytest.raises(InputError, match="version 1 replaced no champion"):
         registry.rollback()
+
+
+def test_reports_of_versions_do_not_stay_in_the_temporary_folder(two_versions, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    promote(1)
+    promote(2)
+    assert champion() == 2 and not list((tmp_path / "temporary").iterdir())
 
 
 def test_significantly_worse_version_is_refused_and_nothing_changes(two_versions):
