@@ -2,9 +2,10 @@
 
     python -m benchmarks.learning --project . --work build/learning --seeds 0 1 2 --write docs/learning.md
 
-The project must have been run (`make run`). Each variant and seed trains and is evaluated in a folder of its own, which
-links to the project's data and frozen parts; what is finished there is not done again, so the command may be
-interrupted. The seed is that of training (and of which questions are asked), not of the data.
+The project must have been run (`make run`): its own scores are those of full Lyrics with its seed. Each other variant
+and seed trains and is evaluated in a folder of its own, which links to the project's data and frozen parts; what is
+finished there is not done again, so the command may be interrupted. The seed is that of training (and of which
+questions are asked), not of the data.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def prepare(project: Path, folder: Path, config: Mapping[str, Any]) -> None:
 
 def evaluation(project: Path, work: Path, config: Mapping[str, Any], variant: str, seed: int) -> dict[str, Any]:
     """Train and score one variant with one seed, as far as that was not done before; the scores on `test`."""
+    if not VARIANTS[variant] and seed == config["seed"]:
+        return _test_scores(project)
     folder = work / f"{variant.replace(' ', '-')}-{seed}"
     wanted = changed(config, variant, seed)
     settings = folder / "build/config.yaml"
@@ -72,6 +75,10 @@ def evaluation(project: Path, work: Path, config: Mapping[str, Any], variant: st
     for stage, out in STAGES.items():
         if not (folder / out).exists():
             subprocess.run([sys.executable, "-m", "lyrics", stage], cwd=folder, env=environment, check=True)
+    return _test_scores(folder)
+
+
+def _test_scores(folder: Path) -> dict[str, Any]:
     return io.read_json(folder / "reports/evaluation.json")["splits"]["test"]
 
 
@@ -110,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, help="a document with the markers <!-- learning -->, <!-- /learning -->")
     chosen = parser.parse_args(arguments)
     path = chosen.project / "build/config.yaml"
-    if not (chosen.project / "data/refined").is_dir() or not path.exists():
-        raise InputError(f"{chosen.project} has no data/refined or no build/config.yaml; run there first: make run")
+    if not (chosen.project / "reports/evaluation.json").exists() or not path.exists():
+        raise InputError(f"{chosen.project} has no reports or no build/config.yaml; run there first: make run")
     config = yaml.safe_load(path.read_text())
     scores = {
         variant: [evaluation(chosen.project, chosen.work, config, variant, seed) for seed in chosen.seeds]

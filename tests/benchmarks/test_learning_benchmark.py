@@ -1,8 +1,10 @@
 """The ablations change what their names say, and the table has each metric's mean and extremes."""
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import changed, table
+from benchmarks.learning import changed, evaluation, table
+from lyrics import io
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -21,6 +23,12 @@ def test_without_grounding_queries_the_language_model_reads_as_many_tokens() -> 
 
 def test_without_pre_training_stage_1_makes_no_step() -> None:
     assert changed(CONFIG, "no pre-training", 0)["stage1"] == {"steps": 0}
+
+
+def test_what_the_project_itself_has_trained_is_not_trained_again(tmp_path: Path) -> None:
+    io.write_json(tmp_path / "reports/evaluation.json", {"splits": {"test": {"vqa_accuracy": {"model": 0.75}}}})
+    found = evaluation(tmp_path, tmp_path / "work", CONFIG, "full", seed=0)
+    assert found == {"vqa_accuracy": {"model": 0.75}} and not (tmp_path / "work").exists()
 
 
 def scores(model: float, colour: float) -> dict[str, dict[str, float | None]]:
