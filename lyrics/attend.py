@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from lyrics import io
-from lyrics.data.files import BadImageError
-from lyrics.data.webdataset import open_image
 from lyrics.errors import InputError
-from lyrics.inference import Lyrics, load
+from lyrics.inference import Lyrics, check_output, load, read_picture
 from lyrics.model.attention_maps import Recording, by_object, recording
 from lyrics.model.inputs import SeenImage
 from lyrics.model.occlusion import answer_log_probs, language_attention, occlusion, prompt_places, taken_away
@@ -203,13 +201,8 @@ def attend(image: Path, question: str, out: Path, answer: str | None = None) -> 
 
     if not question.strip():
         raise InputError('The question is empty; ask something, e.g. "What color is the umbrella?"')
-    if out.is_dir() or (out.exists() and out.samefile(image)):
-        found = "is a folder" if out.is_dir() else "is the picture itself"
-        raise InputError(f"--out {out} {found}; give the name of an HTML file to write")
-    try:
-        picture = open_image(str(image))
-    except BadImageError as error:
-        raise InputError(f"{image} cannot be used: {error}; give a JPEG, PNG or WebP picture") from None
+    picture = read_picture(image)
+    check_output(out, "--out", "an HTML file", image)
     examination = examine(load(), picture, question, answer)
     io.write_text(out, attend_page.render(examination, picture))
     return examination

@@ -131,7 +131,7 @@ class Lyrics:
         Args:
             history: questions and answers so far, in a dialogue about the picture.
         """
-        picture = image if isinstance(image, Image.Image) else open_image(str(image))
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_image(str(image))
         known = self._known.get(_content_hash(picture), lambda: self._know(self.see([picture])[0]))
         if not history:
             known.read = Read()
@@ -179,7 +179,8 @@ class Lyrics:
 
 
 def _content_hash(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+    """Of an RGB picture. (With a palette the same bytes would be other colours.)"""
+    return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def _seen(image: Image.Image, tokens_PD: np.ndarray, objects: RefinedObjects, kept_as: FeatureDtype) -> SeenImage:
@@ -225,17 +226,39 @@ def ask(
     """Answer each question from the best model at hand; `boxes` receives the picture with what the refiner saw.
 
     Raises:
-        InputError: a question is empty, the picture cannot be read, or there is no model.
+        InputError: a question is empty, the picture cannot be read, `boxes` cannot be written, or there is no model.
     """
     if not all(question.strip() for question in questions):
         raise InputError('The question is empty; ask something, e.g. "What color is the umbrella?"')
-    try:
-        picture = open_image(str(image))
-    except BadImageError as error:
-        raise InputError(f"{image} cannot be used: {error}; give a JPEG, PNG or WebP picture") from None
+    picture = read_picture(image)
+    if boxes is not None:
+        check_output(boxes, "--boxes", "a PNG file", image)
     model = load()
     if boxes is not None:
         found = model.refine(picture)
         drawn = [masks.decode(counts, picture.height, picture.width) for counts in found.masks]
-        draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, drawn).save(boxes, format="PNG")
+        with io.atomic_path(boxes) as temporary:
+            draw_objects(picture, found.tags, found.boxes_xyxy, found.scores, drawn).save(temporary, format="PNG")
     return Said([model.answer(picture, question, max_new_tokens, decoding) for question in questions], model.label)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return open_image(str(path))
+    except BadImageError as error:
+        raise InputError(f"{path} cannot be used: {error}; give a JPEG, PNG or WebP picture") from None
+
+
+def check_output(out: Path, option: str, kind: str, image: Path) -> None:
+    """Before the work is done.
+
+    Raises:
+        InputError: `out` is a folder, or the picture that is asked about.
+    """
+    if out.is_dir() or (out.exists() and out.samefile(image)):
+        found = "is a folder" if out.is_dir() else "is the picture itself"
+        raise InputError(f"{option} {out} {found}; give the name of {kind} to write")

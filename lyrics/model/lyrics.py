@@ -41,9 +41,12 @@ class Read:
 
     def resume(self, inputs_1SE: Tensor) -> DynamicCache:
         """Keys and values of as much of `inputs_1SE` as was read before, but for its last position."""
-        if self.inputs_1SE is not None:
-            length = min(self.inputs_1SE.shape[1], inputs_1SE.shape[1] - 1)
-            same_S = (self.inputs_1SE[0, :length] == inputs_1SE[0, :length]).all(-1)
+        read, self.inputs_1SE = self.inputs_1SE, None  # until `keep`: what an interrupted answer leaves is of no use
+        if read is None:
+            self.cache = DynamicCache()
+        else:
+            length = min(read.shape[1], inputs_1SE.shape[1] - 1)
+            same_S = (read[0, :length] == inputs_1SE[0, :length]).all(-1)
             if (unlike := int(same_S.cumprod(0).sum()) - self.cache.get_seq_length()) < 0:
                 self.cache.crop(unlike)
         return self.cache

@@ -84,6 +84,35 @@ def test_pictures_are_told_apart_by_their_pixels_and_the_oldest_is_forgotten() -
     assert lyrics.answer(picture(0), QUESTIONS[0], 6) != lyrics.answer(picture(1), QUESTIONS[0], 6)
 
 
+def test_pictures_of_the_same_bytes_in_other_colours_are_told_apart() -> None:
+    lyrics, parts, _ = looking()
+    one, other = (picture(0).convert("P") for _ in range(2))
+    other.putpalette([255 - value for value in one.getpalette() or ()])
+    for image in (one, other, one):
+        lyrics.answer(image, QUESTIONS[0], 2)
+    assert one.tobytes() == other.tobytes() and parts.encoded == 2
+
+
+def test_an_interrupted_answer_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    lyrics, _, _ = looking()
+    layers = lyrics.model.language_layers
+    stop = layers[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lyrics.answer(picture(0), QUESTIONS[0], 5)
+    stop.remove()
+    history = [(QUESTIONS[0], "red")]
+    expected = looking()[0].answer(picture(0), QUESTIONS[1], 5, history=history)
+    assert lyrics.answer(picture(0), QUESTIONS[1], 5, history=history) == expected
+
+
+@pytest.mark.parametrize(("out", "says"), [("scene.png", "is the picture itself"), (".", "is a folder")])
+def test_a_picture_of_boxes_overwrites_neither_the_picture_nor_a_folder(tmp_path, monkeypatch, out, says) -> None:
+    monkeypatch.setattr(inference, "load", lambda: pytest.fail("a model was loaded first"))
+    picture(0).save(tmp_path / "scene.png")
+    with pytest.raises(InputError, match=f"--boxes .*{says}; give the name of a PNG file to write"):
+        inference.ask(tmp_path / "scene.png", QUESTIONS[:1], boxes=tmp_path / out)
+
+
 def test_what_was_seen_can_be_asked_again_and_several_times_at_once() -> None:
     lyrics, parts, looks = looking()
     once = lyrics.see([picture(0), picture(1)])
