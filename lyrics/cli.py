@@ -55,6 +55,22 @@ def _check_device(name: str) -> None:
         )
 
 
+def _check_processes(key: str, processes: int, device: str) -> None:
+    """Each process needs a GPU of its own, where they train on GPUs."""
+    import torch
+
+    from lyrics.errors import InputError
+
+    if device.startswith("cuda:"):
+        raise InputError(f"{key} is {processes} but device is {device}, one GPU; set device to auto or cuda")
+    count = torch.cuda.device_count()
+    if processes > count and (device == "cuda" or (device == "auto" and count)):
+        raise InputError(
+            f"{key} is {processes}, but this machine has {count} GPUs; set it to {count} at most, or train on the "
+            "processor with: python -m lyrics configure device=cpu"
+        )
+
+
 @app.command(rich_help_panel=STAGES)
 def compose() -> None:
     """Write build/config.yaml from params/."""
@@ -119,6 +135,7 @@ def _in_processes(stage: str) -> Callable[..., None]:
         processes = getattr(settings, _TRAINING[stage]).processes
         if processes == 1:
             return _trainer(stage)(settings, work, tracker)
+        _check_processes(f"{_TRAINING[stage]}.processes", processes, settings.device)
         from lyrics.train.launch import launch
 
         launch(processes, stage, work, tracker.run_id)

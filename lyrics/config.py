@@ -450,6 +450,11 @@ def parse(values: dict[str, Any]) -> Config:
     return config
 
 
+# Of MQ-Former's text: with a tag of one word in BERT's vocabulary; and [CLS], a caption of 32, [SEP], [SEP].
+_TOKENS_OF_AN_OBJECT = {"grid100": 6, "decimal3": 22}
+_TOKENS_OF_A_CAPTION = 35
+
+
 def _check(config: Config) -> None:
     """Cross-field rules: each names the fields and the cure."""
     if config.data.source != "world" and not config.data.folder:
@@ -481,6 +486,15 @@ def _check(config: Config) -> None:
     if not config.mq_former.visual_queries + config.mq_former.grounding_queries:
         raise InputError(
             "mq_former.visual_queries and mq_former.grounding_queries are both 0; set at least one of them above 0"
+        )
+    room = config.mq_former.max_text_tokens - _TOKENS_OF_A_CAPTION
+    of_one = _TOKENS_OF_AN_OBJECT[config.refine.coordinate_format]
+    if config.refine.max_objects * of_one > room:
+        raise InputError(
+            f"refine.max_objects is {config.refine.max_objects}, but mq_former.max_text_tokens "
+            f"{config.mq_former.max_text_tokens} hold a caption and {max(0, room // of_one)} objects of {of_one} "
+            f"tokens (refine.coordinate_format {config.refine.coordinate_format}); lower the first, raise the second "
+            "or take the format grid100"
         )
 
 

@@ -17,7 +17,9 @@ def use_deterministic_kernels() -> None:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 are faster than in fp32. On a CPU without them torch falls back to a loop."""
+    """Whether the device has products in bf16: a CPU without them falls back to a loop, an older GPU emulates them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

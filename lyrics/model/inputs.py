@@ -1,6 +1,7 @@
 """What the frozen parts saw in one picture: the input of MQ-Former."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,16 +49,17 @@ class VisualBatch:
         return VisualBatch(image_tokens_BPD=self.image_tokens_BPD.to(device), local=self.local.to(device))
 
 
+TEXTS_REMEMBERED = 1 << 16  # those of an epoch of `tiny`
 _SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
 
 
 class TextTokenizer:
-    """Token ids of MQ-Former's texts, remembered: captions, tags and spatial texts come again every epoch."""
+    """Token ids of MQ-Former's texts. Those seen last are remembered: captions, tags and spatial texts come again."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.pad, self.cls, self.sep, self.mask, self.dec = map(self._special, _SPECIAL)
-        self._ids: dict[str, list[int]] = {}
+        self._ids = functools.lru_cache(TEXTS_REMEMBERED)(self._tokenized)
 
     def _special(self, token: str) -> int:
         number = self.tokenizer.convert_tokens_to_ids(token)
@@ -66,10 +68,10 @@ class TextTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Ids of `text` without special tokens."""
-        found = self._ids.get(text)
-        if found is None:
-            found = self._ids[text] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        return list(self._ids(text))
+
+    def _tokenized(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def pad_rows(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded ids_BT and mask_BT (True where real)."""

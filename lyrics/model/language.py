@@ -22,13 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lyrics import io
 from lyrics.errors import InputError
+from lyrics.model.inputs import TEXTS_REMEMBERED
 
 IMAGE = "<image>"  # where a template puts the query tokens
 OBJECT = "\N{OBJECT REPLACEMENT CHARACTER}"  # where an object's own query token stands in a spatial text
 IGNORED = -100
 NOBODY = -1  # padding belongs to no sample
 WORD = -1  # where no query token stands
-_REMEMBERED = 1 << 16  # texts: those of an epoch of `tiny`
 _PLACE = re.compile("\ue000(.+?)\ue001")  # in a rendered template, where a text goes
 _PROBE = "a <b> & 'c' \"d\"\ne"  # what a template that escapes or rewrites texts would change
 _BOX = re.compile(r":? (?:\d+ \d+ \d+ \d+|\[[^\]]*\]);")  # what `refiner.spatial_text` writes after a tag
@@ -114,7 +114,7 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
-        self._ids = functools.lru_cache(_REMEMBERED)(self._tokenized)
+        self._ids = functools.lru_cache(TEXTS_REMEMBERED)(self._tokenized)
         self._form = functools.cache(self._rendered_once)
         self._check_texts()
 
@@ -367,10 +367,14 @@ def save_adapter(folder: Path, llm: PeftModel, state: dict[str, Tensor]) -> None
     io.write_json(folder / "adapter_config.json", plain)
 
 
-def load_adapter(folder: Path, llm: PreTrainedModel) -> PreTrainedModel:
-    """The language model with the adapter in its weights, and nothing of peft left to pass through for each token."""
+def load_adapter(folder: Path, llm: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    """The language model with the adapter in its weights, and nothing of peft left to pass through for each token.
+
+    In weights of 16 bits most of the adapter would be rounded away: there it stays beside them.
+    """
     with _quiet_peft():
-        return merge(PeftModel.from_pretrained(llm, str(folder), is_trainable=False))
+        adapted = PeftModel.from_pretrained(llm, str(folder), is_trainable=False)
+    return merge(adapted) if llm.dtype == torch.float32 else adapted
 
 
 def merge(llm: PeftModel) -> PreTrainedModel:

@@ -36,16 +36,16 @@ class Projection(nn.Module):
         (the principal directions, each scaled to the same variance) the words' spread.
         """
         width, language_width = self.linear.in_features, self.linear.out_features
-        rows_RD = query_BQD.flatten(0, 1).double()
+        rows_RD, words_VE = _exact(query_BQD.flatten(0, 1)), _exact(words_VE)
         mean_D = rows_RD.mean(0)
         variances_D, directions_DD = torch.linalg.eigh(torch.cov(rows_RD.T))
         kept = min(width, language_width)
         scales_K = (variances_D[-kept:].clamp(min=0) + _EPSILON * variances_D.mean() + _TINY).rsqrt()
-        rotation_EK = nn.init.orthogonal_(torch.empty(language_width, kept)).double().to(rows_RD.device)
+        rotation_EK = nn.init.orthogonal_(torch.empty(language_width, kept)).double()
         weight_ED = rotation_EK @ (directions_DD[:, -kept:] * scales_K).T
-        weight_ED *= words_VE.double().std(0).mean() * math.sqrt(language_width / kept)
+        weight_ED *= words_VE.std(0).mean() * math.sqrt(language_width / kept)
         self.linear.weight.copy_(weight_ED)
-        self.linear.bias.copy_(words_VE.double().mean(0) - weight_ED @ mean_D)
+        self.linear.bias.copy_(words_VE.mean(0) - weight_ED @ mean_D)
 
     @torch.no_grad()
     def start_from_answers(self, query_XD: Tensor, answer_XE: Tensor, words_VE: Tensor) -> None:
@@ -55,7 +55,7 @@ class Projection(nn.Module):
             query_XD: outputs of queries, each of an object that was asked about.
             answer_XE: sum of the embeddings of the answer's words, each less the mean of all words.
         """
-        x_XD, y_XE, words_VE = query_XD.double(), answer_XE.double(), words_VE.double()
+        x_XD, y_XE, words_VE = map(_exact, (query_XD, answer_XE, words_VE))
         mean_D = x_XD.mean(0)
         x_XD = x_XD - mean_D
         covariance_DD = x_XD.T @ x_XD / len(x_XD)
@@ -69,3 +69,8 @@ class Projection(nn.Module):
 
     def forward(self, query_BQD: Tensor) -> Tensor:
         return self.linear(query_BQD)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float64, on the CPU: MPS has none."""
+    return x.cpu().double()

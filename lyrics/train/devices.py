@@ -25,7 +25,7 @@ Strategy = Literal["ddp", "fsdp"]
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, then MPS, then CPU; under torchrun each process takes the CUDA device of its local rank."""
-    if name == "auto" and torch.cuda.is_available():
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,9 +1,11 @@
 """Start the processes of a training stage on this machine (torchrun's agent, in this process)."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -20,6 +22,7 @@ def launch(processes: int, stage: str, work: Path, run_id: str) -> None:
     Raises:
         InputError: a worker refused its input.
         RuntimeError: a worker failed otherwise; its output says more.
+        KeyboardInterrupt: Ctrl-C; SystemExit: another signal. The agent has ended the workers.
     """
     failure = work / FAILURE
     failure.unlink(missing_ok=True)
@@ -37,6 +40,10 @@ def launch(processes: int, stage: str, work: Path, run_id: str) -> None:
     worker = ("-m", "lyrics", "worker", stage, str(work), "--run-id", run_id)
     try:
         elastic_launch(settings, sys.executable)(*worker)
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError:
         code, _, sentence = (failure.read_text() if failure.exists() else "1 it left no message").partition(" ")
         if int(code) == EXIT_INPUT:

@@ -1,6 +1,7 @@
 """The training loop of both stages: it sequences steps, checkpoints and logs; the stage computes the losses."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -34,8 +35,14 @@ def batches(seed: int, count: int, batch_size: int, step: int) -> np.ndarray:
     """Indices of the batch at `step`: consecutive slices of one shuffle per epoch, a function of (seed, step) alone."""
     position = step * batch_size + np.arange(batch_size)
     epochs, offsets = np.divmod(position, count)
-    orders = {epoch: rng(seed, "epoch", epoch).permutation(count) for epoch in np.unique(epochs)}
-    return np.array([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+    return np.array(
+        [_order(seed, epoch, count)[offset] for epoch, offset in zip(epochs.tolist(), offsets, strict=True)]
+    )
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return rng(seed, "epoch", epoch).permutation(count)
 
 
 @dataclasses.dataclass(frozen=True)

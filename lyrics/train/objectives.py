@@ -22,6 +22,7 @@ MATCHING_PARTS = 3  # pairs of like length are padded together, where that pays
 # as long as in one that pads a twentieth more.
 WORTH_PARTS = 1.2
 GROUPS = ("align", "generate")
+TEMPERATURES = (0.001, 0.5)  # least and most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,8 @@ class Objectives(nn.Module):
 
     def encode_text(self, rows: list[list[int]]) -> Tensor:
         """text_bC: projected [CLS] of each text."""
-        t = self.tokenizer
-        ids_bT, mask_bT = map(self._to, t.pad_rows([[t.cls, *row, t.sep] for row in rows]))
+        t, limit = self.tokenizer, self.mq_former.config.max_text_tokens
+        ids_bT, mask_bT = map(self._to, t.pad_rows([[t.cls, *row][: limit - 1] + [t.sep] for row in rows]))
         _, cls_b1D = self.mq_former("contrastive", None, ids_bT, mask_bT, wanted="cls")
         return self.mq_former.text_projection(cls_b1D[:, 0])
 
@@ -129,11 +130,8 @@ class Objectives(nn.Module):
         be another rank's: ids travel, pictures don't.
         """
         own = batch.own
-        same_bB, uniform_b2 = self._to(batch.same_caption_BB[own]), self._to(batch.uniform_B2[own])
-        text_of_image_b = losses.hard_negatives(image_to_text_bB, self.temperature, same_bB, uniform_b2[:, 0])
-        image_of_text_b = losses.hard_negatives(text_to_image_bB, self.temperature, same_bB, uniform_b2[:, 1])
-        image_of_text_B = self.ranks.gather(image_of_text_b).cpu()
-        text_of_image_b = text_of_image_b.cpu()
+        text_of_image_b, image_of_text_b = self._hard_negatives(batch, image_to_text_bB, text_to_image_bB)
+        image_of_text_B = self.ranks.gather(self._to(image_of_text_b)).cpu()
         rows_b = torch.arange(own.start, own.stop)
         with_text_b = text_of_image_b >= 0
         texts = torch.where((image_of_text_B >= own.start) & (image_of_text_B < own.stop))[0]
@@ -152,6 +150,17 @@ class Objectives(nn.Module):
             logits.append(self.mq_former.matching_head(query_PQD).mean(1))
             matched.append(self._to(picture_P[part] == caption_P[part]))
         return torch.cat(logits), torch.cat(matched)
+
+    def _hard_negatives(
+        self, batch: Stage1Batch, image_to_text_bB: Tensor, text_to_image_bB: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A text for each picture and a picture for each text of this rank. On the CPU: MPS has no float64."""
+        same_bB, uniform_b2 = batch.same_caption_BB[batch.own], batch.uniform_B2[batch.own]
+        temperature = self.temperature.detach().cpu()
+        return (
+            losses.hard_negatives(image_to_text_bB.cpu(), temperature, same_bB, uniform_b2[:, 0]),
+            losses.hard_negatives(text_to_image_bB.cpu(), temperature, same_bB, uniform_b2[:, 1]),
+        )
 
     def _matching_parts(self, batch: Stage1Batch) -> int:
         """Judged by the pairs of the joint batch: FSDP2 gathers in each part, so all ranks need as many, none empty."""
@@ -198,7 +207,12 @@ class Objectives(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.mq_former.temperature.clamp(0.001, 0.5)
+        return self.mq_former.temperature
+
+    @torch.no_grad()
+    def bound_temperature(self, *_: object) -> None:
+        """After each step: were it bounded as it is used, it would get no gradient beyond, and never come back."""
+        self.mq_former.temperature.clamp_(*TEMPERATURES)
 
     @property
     def _device(self) -> torch.device:

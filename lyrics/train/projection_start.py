@@ -39,7 +39,7 @@ def start_projection(model: LyricsModel, data: Stage2Data, device: torch.device)
     embeddings: Any = model.llm.get_input_embeddings()
     words_VE = embeddings.weight.to(device)
     answered = list(itertools.islice(_about_one_object(data), _ANSWERED)) if model.tokens_beside_objects else []
-    if answered:
+    if len({sample.references for sample, _ in answered}) > 1:  # from one alone nothing can be told apart
         query_XD = _outputs(model, data, answered)
         mean_E = words_VE.mean(0)
         answer_XE = torch.stack([_said(model.template, sample.references, words_VE, mean_E) for sample, _ in answered])

@@ -29,6 +29,7 @@ from lyrics.train.trainable import train_only
 
 FOUNDATION, REFINED, STAGE1 = Path("models/foundation"), Path("data/refined"), Path("models/stage1")
 TRAIN_SPLITS = ("web", "instruct")
+Levels = dict[str, dict[str, float]]  # "chance" and "floor", of each loss
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +71,7 @@ def load_mq_former(folder: Path) -> MQFormer:
 def open_splits(
     names: tuple[str, ...], config: Config, device: torch.device, ranks: Ranks = ALONE
 ) -> list[RefinedSplit]:
-    """Those of the splits that there are; their features are checked by the first rank.
+    """Those of the splits that there are; each rank checks its share of their features.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -78,7 +79,10 @@ def open_splits(
     loop.need(REFINED / "summary.json", "refine")
     look = looker(FOUNDATION / "clip", config.refine, device)
     there = [REFINED / name for name in names if (REFINED / name).is_dir()]
-    return [RefinedSplit(folder, look, verify=ranks.first) for folder in there]
+    splits = [RefinedSplit(folder, look, verify=False) for folder in there]
+    for split in splits:
+        split.verify(slice(ranks.rank, None, ranks.size))
+    return splits
 
 
 def run(config: Config, work: Path, tracker: Tracker) -> None:
@@ -86,20 +90,23 @@ def run(config: Config, work: Path, tracker: Tracker) -> None:
     device = devices.pick_device(config.device)
     numerics.use_deterministic_kernels()
     with devices.joined(device) as ranks:
-        mq_former, history = train(config, work, tracker, ranks, device)
+        mq_former, history, levels = train(config, work, tracker, ranks, device)
         if ranks.first:
-            _save(work / "out", mq_former, config, history, tracker)
+            _save(work / "out", mq_former, config, history, levels, tracker)
 
 
 def train(
     config: Config, work: Path, tracker: Tracker, ranks: Ranks, device: torch.device
-) -> tuple[MQFormer, list[dict[str, float]]]:
-    """The trained MQ-Former, whole on every rank, and the history of its losses."""
+) -> tuple[MQFormer, list[dict[str, float]], Levels]:
+    """The trained MQ-Former, whole on every rank, the history of its losses, and their chance and floor."""
     settings = config.stage1
     tokenizer = TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer"))
     data = stage1_data(config, tokenizer, open_splits(TRAIN_SPLITS, config, device, ranks))
     if len(data) < 2:
-        raise InputError(f"Stage 1 needs at least 2 pictures with captions in {REFINED}, found {len(data)}")
+        raise InputError(
+            f"Stage 1 needs at least 2 pictures with captions in {REFINED}, found {len(data)}; give the source more, "
+            "or see data/clean and data/raw/rejected.parquet for why they were dropped"
+        )
     batch_size = min(settings.batch_size, len(data)) if ranks.size * settings.accumulate == 1 else settings.batch_size
     ranks.check(batch_size, settings.accumulate, "stage1")
     mq_former = new_mq_former(config, tokenizer).to(device).train()
@@ -110,7 +117,7 @@ def train(
         mq_former, tokenizer, itc_cross_query=settings.itc_cross_query, smoothing=settings.label_smoothing, ranks=ranks
     )
     train_only(mq_former, settings.trainable, "stage1.trainable")
-    levels = _levels(config, mq_former.config.vocabulary_size)
+    levels = _levels(batch_size // settings.accumulate, settings.label_smoothing, mq_former.config.vocabulary_size)
     if ranks.first:
         log.info("chance: %s; floor: %s", *({k: round(v, 4) for k, v in level.items()} for level in levels.values()))
         tracker.log_params(levels)
@@ -122,6 +129,8 @@ def train(
         betas=settings.optimizer.betas,
         weight_decay=settings.optimizer.weight_decay,
     )
+    for one in optimizers:
+        one.register_step_post_hook(objectives.bound_temperature)
 
     def losses_at(step: int) -> Iterator[MicroBatch]:
         groups = GROUPS if settings.objectives == "all" else (GROUPS[step % 2],)
@@ -163,7 +172,7 @@ def train(
     state = devices.whole(mq_former.state_dict())
     trained = MQFormer(mq_former.config).to(device)
     trained.load_state_dict(state)
-    return trained, history
+    return trained, history, levels
 
 
 def stage1_data(config: Config, tokenizer: TextTokenizer, splits: Sequence[RefinedSplit]) -> Stage1Data:
@@ -177,9 +186,12 @@ def stage1_data(config: Config, tokenizer: TextTokenizer, splits: Sequence[Refin
     )
 
 
-def _levels(config: Config, vocabulary_size: int) -> dict[str, dict[str, float]]:
-    """What each loss is where nothing was learned, and what is left of it where everything was."""
-    pairs = config.stage1.batch_size // config.stage1.accumulate
+def _levels(pairs: int, smoothing: float, vocabulary_size: int) -> Levels:
+    """What each loss is where nothing was learned, and what is left of it where everything was.
+
+    Args:
+        pairs: that ITC sees at once.
+    """
     itc = ("stage1/itc_loss", "stage1/itc_spatial_loss")
     return {
         "chance": {
@@ -187,19 +199,23 @@ def _levels(config: Config, vocabulary_size: int) -> dict[str, dict[str, float]]
             "stage1/itm_loss": losses.MATCHING_CHANCE,
             **dict.fromkeys(("stage1/icg_loss", "stage1/msp_loss"), math.log(vocabulary_size)),
         },
-        "floor": dict.fromkeys(itc, losses.contrastive_floor(pairs, config.stage1.label_smoothing)),
+        "floor": dict.fromkeys(itc, losses.contrastive_floor(pairs, smoothing)),
     }
 
 
-def _save(out: Path, mq_former: MQFormer, config: Config, history: list[dict[str, float]], tracker: Tracker) -> None:
+def _save(
+    out: Path,
+    mq_former: MQFormer,
+    config: Config,
+    history: list[dict[str, float]],
+    levels: Levels,
+    tracker: Tracker,
+) -> None:
     from lyrics.train.stage1_quality import measure
 
     save_mq_former(out, mq_former)
     loop.write_history(out / "history.jsonl", history)
-    io.write_json(
-        out / "config.json",
-        {"mq_former": dataclasses.asdict(mq_former.config), **_levels(config, mq_former.config.vocabulary_size)},
-    )
+    io.write_json(out / "config.json", {"mq_former": dataclasses.asdict(mq_former.config), **levels})
     tokenizer = TextTokenizer(load_text_tokenizer(FOUNDATION / "tokenizer"))
     objectives = Objectives(
         mq_former,

@@ -4,19 +4,20 @@ Shapes: B pairs in the joint batch, b of them on this rank, N objects.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lyrics.model.inputs import TextTokenizer, VisualBatch
+from lyrics.model.inputs import TEXTS_REMEMBERED, TextTokenizer, VisualBatch
 from lyrics.refiner.features import RefinedImage, RefinedSplit, see
 from lyrics.refiner.spatial_text import CoordinateFormat, object_pieces
 from lyrics.seeding import rng
 from lyrics.train.losses import IGNORED
 
-MAX_CAPTION_TOKENS = 32  # as BLIP-2
+MAX_CAPTION_TOKENS = 32  # without [CLS] and [SEP]; BLIP-2 counts them in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Stage1Data:
         self.tokenizer, self.coordinate_format = tokenizer, coordinate_format
         self.mask_probability, self.max_text_tokens, self.seed = mask_probability, max_text_tokens, seed
         self.pairs = [(s, i) for s in splits for i, image in s.images.items() if image.captions]
-        self._spatial: dict[int, SpatialIds] = {}
+        self._spatial_ids = functools.lru_cache(TEXTS_REMEMBERED)(self._spatial_ids_of)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -121,7 +122,7 @@ class Stage1Data:
         images = [split.images[image_id] for split, image_id in chosen]
         draws = [rng(self.seed, "stage1", step, image.image_id) for image in images]
         captions = [i.captions[int(d.integers(len(i.captions)))] for i, d in zip(images, draws, strict=True)]
-        spatial = [self._spatial_ids(int(index), image) for index, image in zip(indices, images, strict=True)]
+        spatial = [self._spatial_ids(int(index)) for index in indices]
         caption_rows = [self.tokenizer.ids(c)[:MAX_CAPTION_TOKENS] for c in captions]
         masked = [self._mask(s, d) for s, d in zip(spatial, draws, strict=True)]
         same_image_BB = _equal([i.image_id for i in images])
@@ -154,10 +155,9 @@ class Stage1Data:
             },
         )
 
-    def _spatial_ids(self, index: int, image: RefinedImage) -> SpatialIds:
-        if index not in self._spatial:
-            self._spatial[index] = spatial_ids(image, self.tokenizer, self.coordinate_format)
-        return self._spatial[index]
+    def _spatial_ids_of(self, index: int) -> SpatialIds:
+        split, image_id = self.pairs[index]
+        return spatial_ids(split.images[image_id], self.tokenizer, self.coordinate_format)
 
     def _mask(self, spatial: SpatialIds, draw: np.random.Generator) -> Masked:
         """Hide whole tags and boxes, at least one of them where there are objects."""

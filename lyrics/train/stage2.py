@@ -80,7 +80,10 @@ def _data(config: Config, device: torch.device, ranks: Ranks) -> Stage2Data:
     if not splits or not splits[0].samples:
         raise InputError(f"Stage 2 found no samples in data/refined/{TRAIN_SPLIT}; give the source an instruct split")
     if missing := without_target(splits[0].samples):
-        raise InputError(f"{len(missing)} samples have no target to learn from, the first is {missing[0]}")
+        raise InputError(
+            f"{len(missing)} samples have no target to learn from, the first is {missing[0]}; give them answers or "
+            "take them out, and run: make run"
+        )
     settings = config.stage2
     data = Stage2Data(
         splits[0],
@@ -209,6 +212,8 @@ def _save(
 def load(stage2: Path, foundation: Path) -> LyricsModel:
     """A trained model, in evaluation mode, from its folder and the frozen parts.
 
+    The language model is read in bf16 where stage 2 held it in 16 bits or fewer, else in fp32.
+
     Raises:
         InputError: a frozen part is not the one the model was trained with.
     """
@@ -220,7 +225,7 @@ def load(stage2: Path, foundation: Path) -> LyricsModel:
                 f"{foundation / part} is not the part that {stage2} was trained with (manifest {found[:12]}, expected "
                 f"{expected[:12]}); run: dvc repro"
             )
-    llm, tokenizer = load_llm(foundation / "llm")
+    llm, tokenizer = load_llm(foundation / "llm", bits=16 if settings["stage2"]["llm_bits"] else None)
     mq_former = MQFormer(MQFormerConfig(**settings["mq_former"]))
     model = LyricsModel(
         mq_former,

@@ -144,11 +144,12 @@ class Stage2Data:
     ) -> None:
         self.split, self.coordinate_format, self.seed = split, coordinate_format, seed
         self.without_spatial, self.spatial_text_in_llm = without_spatial, spatial_text_in_llm
-        self.first, self.turns = first, turns
+        self.turns = turns
         self.later = Pool(split.samples, shares, mix_by)
         of_kinds = [s for s in split.samples if s.kind in first.kinds]
         if first.steps and not of_kinds:
             log.warning("no sample is of stage2.first.kinds (%s): all tasks from the start", ", ".join(first.kinds))
+        self.first = first if of_kinds else NO_FIRST
         self.early = Pool(of_kinds, "sqrt", mix_by) if of_kinds else self.later
 
     def __len__(self) -> int:

@@ -83,3 +83,15 @@ def test_a_saved_adapter_loads_with_plain_peft_and_is_the_same_bytes(model: Lyri
     torch.testing.assert_close(loaded.eval()(IDS).logits, expected)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@torch.no_grad()
+def test_beside_weights_of_16_bits_the_adapter_keeps_its_own(model: LyricsModel, tmp_path) -> None:
+    with_adapter(model)
+    save_adapter(tmp_path, model.llm, adapter_state(model.llm))
+    loaded = load_adapter(tmp_path, llama().to(torch.bfloat16))
+    assert isinstance(loaded, PeftModel)
+    assert adapter_state(loaded).keys() == adapter_state(model.llm).keys()
+    for name, value in adapter_state(loaded).items():
+        assert torch.equal(value.float(), adapter_state(model.llm)[name]), name
+    assert loaded.eval()(IDS).logits.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """The command line: quick, and clear about mistakes."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -101,6 +102,27 @@ def test_a_device_that_is_not_there_is_refused_before_the_work(monkeypatch: pyte
     cli._check_device("cuda:0")
     with pytest.raises(InputError, match=r"device is cuda:3, but this machine has 1 devices of the kind cuda"):
         cli._check_device("cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "gpus", "says"),
+    [
+        (2, "cuda:0", 4, r"stage1.processes is 2 but device is cuda:0, one GPU; set device to auto or cuda"),
+        (8, "auto", 4, r"stage1.processes is 8, but this machine has 4 GPUs; set it to 4 at most, or"),
+        (8, "cuda", 4, r"stage1.processes is 8, but this machine has 4 GPUs"),
+        (4, "auto", 4, None),
+        (8, "auto", 0, None),
+        (8, "cpu", 4, None),
+    ],
+)
+def test_processes_share_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, processes: int, device: str, gpus: int, says: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=says) if says else contextlib.nullcontext():
+        cli._check_processes("stage1.processes", processes, device)
 
 
 def test_doctor_names_each_lack_with_its_cure(tmp_path: Path) -> None:

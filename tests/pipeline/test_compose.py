@@ -54,6 +54,11 @@ def test_composing_twice_gives_the_same_bytes() -> None:
             {"overrides": {"mq_former.visual_queries": 0, "mq_former.grounding_queries": 0}},
             r"visual_queries and mq_former.grounding_queries are both 0; set at least one",
         ),
+        (
+            {"overrides": {"refine.max_objects": 16}},
+            r"refine.max_objects is 16, but mq_former.max_text_tokens 128 hold a caption and 15 objects of 6 tokens "
+            r"\(refine.coordinate_format grid100\); lower the first",
+        ),
         ({"overrides": {"stage2.steps": -5}}, r"stage2.steps: .*greater than or equal to 1 \(found -5\)"),
         ({"overrides": {"stage1.mask_probability": 1.5}}, r"stage1.mask_probability: .*less than or equal to 1"),
         ({"overrides": {"stage1.temperature": float("nan")}}, r"stage1.temperature: .*finite number"),

@@ -157,7 +157,9 @@ def test_one_flipped_bit_is_found_when_the_split_is_opened(split, dtype, shard):
                 RefinedSplit(folder)
         file.write_bytes(whole)
     size = sum(file.stat().st_size for file in folder.glob("*/*.npy"))
-    assert RefinedSplit(folder, verify=False).verify() == size
+    whole = RefinedSplit(folder, verify=False)
+    assert whole.verify() == size == sum(whole.verify(slice(rank, None, 2)) for rank in range(2))
+    assert whole.verify(slice(5, None, 6)) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"junk", b"{}", b'{"feature_dtype": "fp8", "kept": []}'])

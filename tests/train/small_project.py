@@ -61,7 +61,7 @@ def configuration(*, steps: int = STEPS, dropout: float = 0.0, checkpoint_every:
             heads=4,
             intermediate_size=64,
             cross_attention_every=2,
-            max_text_tokens=48,
+            max_text_tokens=56,
             dropout=dropout,
             projection_size=16,
             detector_tokens=True,

@@ -140,6 +140,12 @@ def test_alone_no_process_group_is_touched(monkeypatch: pytest.MonkeyPatch) -> N
         assert devices.prepare(net, [], alone, "fsdp", torch.device("cpu")) is net
 
 
+def test_each_process_takes_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert devices.pick_device("cuda") == torch.device("cuda", 3)
+    assert devices.pick_device("cuda:1") == torch.device("cuda", 1)
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     Ranks(1, 2).check(12, 3, "stage1")
     with pytest.raises(InputError, match=r"stage1.batch_size is 8.* 2 processes × stage1.accumulate 3 .*multiple of 6"):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import small_project
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from lyrics import io
+from lyrics.train import launch
 
 
 def run_verb(folder: Path, **changes: object) -> subprocess.CompletedProcess:
@@ -45,3 +48,16 @@ def test_a_verb_in_two_processes_publishes_and_logs_once(tmp_path: Path, strateg
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.stage = 'pretrain'")
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "stage1/itc_loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_that_ended_the_workers_ends_the_verb_in_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, raised: type[BaseException]
+) -> None:
+    def agent(*_: object) -> None:
+        raise SignalException(f"got signal {sent}", sent)
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: agent)
+    with pytest.raises(raised) as ended:
+        launch.launch(2, "pretrain", tmp_path, "")
+    assert raised is KeyboardInterrupt or ended.value.code == 128 + signal.SIGTERM

@@ -236,7 +236,7 @@ def test_a_picture_is_projected_and_its_queries_encoded_once(
 
 
 def test_chance_and_floor_are_those_of_a_model_that_knows_nothing_and_everything() -> None:
-    levels = stage1._levels(small_project.configuration(), vocabulary_size=50)
+    levels = stage1._levels(pairs=8, smoothing=0.1, vocabulary_size=50)
     assert levels["chance"] == pytest.approx(
         {
             "stage1/itc_loss": math.log(8),
@@ -249,3 +249,28 @@ def test_chance_and_floor_are_those_of_a_model_that_knows_nothing_and_everything
     )
     assert levels["floor"].keys() == {"stage1/itc_loss", "stage1/itc_spatial_loss"}
     assert 0 < levels["floor"]["stage1/itc_loss"] < 0.6
+
+
+@torch.no_grad()
+def test_texts_longer_than_the_positions_are_cut_by_every_objective(objectives: Objectives, batch: Stage1Batch) -> None:
+    limit = objectives.mq_former.config.max_text_tokens
+    long = [(row or [7]) * limit for row in batch.spatial_rows]
+    cut = dataclasses.replace(batch, spatial_rows=[row[: limit - 2] for row in long])
+    found, expected = (objectives(b) for b in (dataclasses.replace(batch, spatial_rows=long), cut))
+    assert found["itc_spatial_loss"] == expected["itc_spatial_loss"] and torch.isfinite(found["itm_loss"])
+
+
+def test_a_temperature_that_overstepped_still_learns(objectives: Objectives, batch: Stage1Batch) -> None:
+    temperature = objectives.mq_former.temperature
+    before = temperature.detach().clone()
+    try:
+        with torch.no_grad():
+            temperature.fill_(-0.2)
+        objectives.bound_temperature()
+        assert float(temperature.detach()) == pytest.approx(0.001)
+        objectives(batch)["itc_loss"].backward()
+        assert temperature.grad is not None and float(temperature.grad.abs()) > 0
+    finally:
+        objectives.zero_grad()
+        with torch.no_grad():
+            temperature.copy_(before)

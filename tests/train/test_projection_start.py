@@ -84,6 +84,14 @@ def test_an_objects_output_is_told_the_answer_about_it() -> None:
     torch.testing.assert_close(answer_XE, torch.stack([red, (dark + red + red) / 2, dark]))
 
 
+def test_one_answer_tells_nothing_apart() -> None:
+    cup, star = (asked(i, f"What color is the {tag}?", "red") for i, tag in (("a", "cup"), ("b", "star")))
+    for samples in ((cup,), (cup, star)):
+        model, data = project(*samples)
+        start_projection(model, data, torch.device("cpu"))
+        assert not hasattr(model.projection, "given")
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_without_answers_about_single_objects_it_is_the_spread_that_tells(beside: bool) -> None:
     sample = asked("a", "What color is the cup?" if not beside else "What color is it?", "red")
@@ -94,6 +102,7 @@ def test_without_answers_about_single_objects_it_is_the_spread_that_tells(beside
 
 
 def test_features_that_are_not_finite_are_named() -> None:
-    model, data = project(asked("b", "What color is the star?", "red"), damaged="b")
+    samples = (asked(i, "What color is the star?", answer) for i, answer in (("b", "red"), ("c", "dark")))
+    model, data = project(*samples, damaged="b")
     with pytest.raises(InputError, match=r"features of colour-b are not finite.*python -m lyrics refine"):
         start_projection(model, data, torch.device("cpu"))

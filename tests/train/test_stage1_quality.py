@@ -1,4 +1,4 @@
-"""Masked spatial prediction is scored for tags and for boxes apart."""
+"""Masked spatial prediction is scored for tags and for boxes apart; retrieval gives nothing for being undecided."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from lyrics.train.losses import IGNORED
 from lyrics.train.stage1_batches import SpatialIds
-from lyrics.train.stage1_quality import _masked_spatial
+from lyrics.train.stage1_quality import _masked_spatial, _retrieval
 
 TAG, BOX, WRONG, COLON = 5, 6, 7, 8
 
@@ -43,3 +43,17 @@ def test_what_does_not_fit_in_the_text_is_not_scored() -> None:
     batch: Any = SimpleNamespace(msp_labels=[[TAG, BOX, BOX]], msp_in_tag=[[True, False, False]])
     found = _masked_spatial(objectives([TAG, WRONG], [TAG, BOX], max_text_tokens=4), batch)
     assert found["tag_"].tolist() == [1.0] and found["box_"].tolist() == [0.0]
+
+
+def test_equal_similarities_retrieve_nothing() -> None:
+    alone = torch.eye(20, dtype=torch.bool)
+    assert set(_retrieval(torch.zeros(20, 20), alone).values()) == {0.0}
+    assert set(_retrieval(torch.eye(20), alone).values()) == {1.0}
+
+
+def test_the_same_caption_of_another_picture_is_not_wrong() -> None:
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    similarity = torch.tensor([[0.5, 0.9, 0.1], [0.9, 0.5, 0.1], [0.6, 0.1, 0.5]])
+    found = _retrieval(similarity, same)
+    assert found["image_to_text_recall_at_1"] == pytest.approx(2 / 3)  # the third picture's caption comes second
+    assert found["text_to_image_recall_at_1"] == pytest.approx(2 / 3)  # the first caption fits the third better

@@ -76,7 +76,8 @@ def test_the_first_steps_are_captions_without_spatial_text() -> None:
 
 
 def test_data_without_captions_begins_with_its_tasks() -> None:
-    assert set(data(SAMPLES[1:]).batch(0, 40).ids) == {"v", "r"}
+    batch = data(SAMPLES[1:], without_spatial=0.0).batch(0, 40)
+    assert set(batch.ids) == {"v", "r"} and all(batch.spatial_texts)
 
 
 def test_boxes_are_asked_for_with_the_spatial_text_and_the_rest_half_of_the_time() -> None:
