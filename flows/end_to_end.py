@@ -80,7 +80,7 @@ def push() -> None:
     """Send data, models and the run cache to the DVC remote."""
     code = stages.stream(stages.dvc_command("push", "--run-cache"), get_run_logger().info, timeout_seconds=24 * 3600)
     if code:
-        raise StageError("push", 1, "dvc push failed; is a remote configured? (dvc remote list)")
+        raise StageError("push", 1, "dvc push failed; its output above says why")
 
 
 @flow(name="end-to-end")
@@ -116,6 +116,8 @@ def end_to_end(
 def _run(until: str | None, timeout_seconds: float, push_to_remote: bool) -> list[Outcome]:
     from lyrics.track import runs
 
+    if push_to_remote:
+        stages.need_remote()
     pipeline = _pipeline(until)
     wanted = dag.with_upstream(until, pipeline) if until else pipeline
     stale = stages.stale()

@@ -16,6 +16,7 @@ from typing import IO, Literal
 import yaml
 
 from lyrics import dag, stage
+from lyrics.errors import InputError
 from lyrics.process import kill_tree
 
 How = Literal["ran", "unchanged", "restored from the run cache"]
@@ -175,6 +176,18 @@ def environment() -> dict[str, str]:
 
 def dvc_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "lyrics.process", "dvc", *arguments]
+
+
+def need_remote() -> None:
+    """
+    Raises:
+        InputError: DVC does not know where to push to.
+    """
+    asked = subprocess.run(dvc_command("config", "core.remote"), capture_output=True, text=True)
+    if asked.returncode or not asked.stdout.strip():
+        raise InputError(
+            "push=true, but DVC has no default remote; name one with: dvc remote add --default store FOLDER"
+        )
 
 
 def _state(name: str) -> object:

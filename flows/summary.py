@@ -59,15 +59,16 @@ def example() -> dict[str, str] | None:
 
 
 def report(outcomes: Sequence[Outcome], version: str, console: Console | None = None) -> None:
-    """Print the end of a run."""
+    """Print the end of a run. What lies in reports/ is its own only if it came as far as `evaluate`."""
     console = console or Console(width=110, highlight=False)
-    if EVALUATION.exists():
+    evaluated = any(one.stage == "evaluate" for one in outcomes)
+    if evaluated:
         evaluation = io.read_json(EVALUATION)
         console.print(_table("Scores beside their baselines", score_rows(evaluation, headlines=True)))
         console.print("The report has all metrics, by kind of question.", style="dim")
         for metric, reason in sorted(evaluation.get("absent", {}).items()):
             console.print(f"absent: {metric}: {reason}", style="dim", markup=False)
-    shown = example()
+    shown = example() if evaluated else None
     if shown:
         console.print(f"\nQuestion  {shown['question']}\nPicture   {shown['picture']}", markup=False)
         console.print(f"Answer    {shown['answer']}\n", markup=False)
@@ -79,7 +80,7 @@ def report(outcomes: Sequence[Outcome], version: str, console: Console | None = 
     reused = [one.stage for one in outcomes if one.how != "ran"]
     console.print(f"Reused    {', '.join(reused) or 'nothing'}", markup=False)
     console.print(f"Model     {version}", markup=False)
-    if REPORT.exists():
+    if evaluated:
         console.print(f"Report    {REPORT.absolute()}", markup=False, soft_wrap=True)
 
 

@@ -6,7 +6,9 @@ POST /invocations {"dataframe_records": [{"image": "<base64>", "prompt": "What c
 
 import base64
 import binascii
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,15 +42,15 @@ class ServedLyrics(PythonModel):
         if len(model_input) > MAX_ROWS:
             raise _refused(f"{len(model_input)} rows; at most {MAX_ROWS} in a request")
         rows = [
-            (decode_image(image, row), check_prompt(prompt, row))
+            (image_bytes(image, row), check_prompt(prompt, row))
             for row, (image, prompt) in enumerate(zip(model_input["image"], model_input["prompt"], strict=True))
         ]
-        with self.lock:
-            return [self.model.answer(image, prompt) for image, prompt in rows]
+        with self.lock:  # decoded only here: a small file may be a picture of hundreds of megabytes
+            return [self.model.answer(decode_image(content, row), prompt) for row, (content, prompt) in enumerate(rows)]
 
 
-def decode_image(encoded: str, row: int = 0) -> Image.Image:
-    """An RGB picture from base64 (a data URL will do), decoded as `lyrics ask` decodes a file."""
+def image_bytes(encoded: str, row: int = 0) -> bytes:
+    """A file from base64 (a data URL will do) that begins as a picture does."""
     if not isinstance(encoded, str) or not encoded.strip():
         raise _refused(f"row {row}: image is empty; send a JPEG or PNG file in base64")
     text = encoded.partition(",")[2] if encoded.startswith("data:") else encoded
@@ -58,10 +60,27 @@ def decode_image(encoded: str, row: int = 0) -> Image.Image:
         content = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise _refused(f"row {row}: image is not base64; send a JPEG or PNG file in base64") from None
-    from lyrics.data.files import BadImageError, decode
+    from lyrics.data.files import measure
+
+    with _readable(row):
+        measure(content)
+    return content
+
+
+def decode_image(content: bytes, row: int = 0) -> Image.Image:
+    """An RGB picture, decoded as `lyrics ask` decodes a file."""
+    from lyrics.data.files import decode
+
+    with _readable(row):
+        return decode(content)
+
+
+@contextlib.contextmanager
+def _readable(row: int) -> Iterator[None]:
+    from lyrics.data.files import BadImageError
 
     try:
-        return decode(content)
+        yield
     except BadImageError as error:
         raise _refused(f"row {row}: image cannot be read: {error}; send a JPEG or PNG file in base64") from None
 

@@ -22,6 +22,7 @@ from lyrics.process import die_with_parent, keep_freed_memory
 WORK = Path("build/work")
 TOKENS = Path("build/tokens")
 EXIT_INPUT, EXIT_RETRY, EXIT_INTERRUPTED = 2, 75, 130  # 75 is EX_TEMPFAIL of sysexits.h
+MAY_PASS = " (this may pass: run the same command again)"
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # Libraries that write by themselves report a full disk in words only: Rust's, sqlite's, torch's and numpy's.
@@ -221,7 +222,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if is_forbidden(error):
         return EXIT_INPUT, no_permission(str(error))
     if isinstance(error, RetryableError):
-        return EXIT_RETRY, f"{error} (this may pass: run the same command again)"
+        return EXIT_RETRY, f"{error}{MAY_PASS}"
     return 1, f"{type(error).__name__}: {error}"
 
 

@@ -77,7 +77,7 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
         report["score"] = clean_report.score(ledger(shards, work), clean_report.read_truth(TRUTH))
     out = work / "out"
     out.mkdir(exist_ok=True)
-    for tar in sorted((work / "kept").glob("*")):
+    for tar in sorted((work / "kept").glob("[!.]*")):  # a killed worker leaves a part of one under a hidden name
         io.link_or_copy(tar, out / tar.name)
     write_rows(out / "ledger.parquet", ledger(shards, work), _LEDGER_SCHEMA)
     io.write_json(out / "report.json", report)

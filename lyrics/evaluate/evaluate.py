@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lyrics import io, seeding
+from lyrics import bootstrap, io, seeding
 from lyrics.config import Config
 from lyrics.data.prompts import instruction
 from lyrics.data.records import Sample
 from lyrics.errors import InputError
 from lyrics.evaluate import baselines, captions, plots, report, tasks
-from lyrics.evaluate.metrics import interval
 from lyrics.model.inputs import SeenImage
 from lyrics.refiner.features import IMAGES_FILE, SAMPLES_FILE, RefinedSplit
 from lyrics.refiner.online import looker
 from lyrics.stage import Tracker
+from lyrics.track import lineage
 from lyrics.train.devices import pick_device
 
 RAW, REFINED, FOUNDATION, STAGE2 = (
@@ -31,7 +31,14 @@ RAW, REFINED, FOUNDATION, STAGE2 = (
     Path("models/stage2"),
 )
 TRAINING_SPLIT = "instruct"
+PACKAGE = Path(__file__).parents[1]
+# What decides on a score beside the answer: scores of two versions of it are not compared.
+SCORING = (
+    *("evaluate/captions.py", "evaluate/metrics.py", "evaluate/tasks.py", "evaluate/vqa.py"),
+    *("data/prompts.py", "refiner/spatial_text.py"),
+)
 _DIGITS = 6
+_RESAMPLES, _CONFIDENCE = 1000, 0.95
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("sample_id", "image_id", "task", "kind", "question")]
     + [("references", pa.list_(pa.string())), ("box_xyxy", pa.list_(pa.float64())), ("prediction", pa.string())]
@@ -127,6 +134,8 @@ def _score(
         "seed": config.seed,
         "samples_per_split": config.evaluate.samples_per_split,
         "tokenizer": captions.tokenizer_name(),
+        "max_new_tokens": config.evaluate.max_new_tokens,
+        "scoring_sha256": io.sha256_tree(*(PACKAGE / name for name in SCORING)),
         "splits": scores,
         "absent": absent,
         "data": data,
@@ -138,9 +147,10 @@ def _score(
 def _answers_folder(
     answers: Path, config: Config, splits: Mapping[str, RefinedSplit], data: Mapping[str, Mapping[str, str]]
 ) -> Path:
-    """Where answers of this model to these questions are kept; those of others are removed."""
+    """Where answers of this model and code to these questions are kept; those of others are removed."""
     tables = [split.folder / name for split in splits.values() for name in (SAMPLES_FILE, IMAGES_FILE)]
-    seen = [io.sha256_file(path) for path in tables] + [entry["sha256"] for entry in data.values()]
+    code = io.sha256_tree(*sorted(PACKAGE.rglob("*.py")))
+    seen = [code, *map(io.sha256_file, tables), *(entry["sha256"] for entry in data.values())]
     folder = answers / f"{seeding.stable_seed(*seen, config.evaluate, config.refine, config.seed):016x}"
     for other in answers.glob("*"):
         if other != folder:
@@ -248,7 +258,11 @@ def _evaluate_split(
         if constant and answers["most_frequent"] is None:
             absent[f"{name}/{headline}/most_frequent"] = f"the training split ({TRAINING_SPLIT}) has no {task} samples"
         scored = tasks.score(task, samples, answers, split.images, config.refine.coordinate_format, meteor)
-        low, high = interval(scored.each["model"] or [], config.seed, name, task)
+        images = [sample.image_id for sample in samples]
+        draws = seeding.rng("interval", config.seed, name, task)
+        low, high = bootstrap.interval(
+            scored.each["model"] or [], images, draws, resamples=_RESAMPLES, confidence=_CONFIDENCE
+        )
         scored.metrics[headline] |= {"low": low, "high": high}
         scores |= {metric: _rounded(values) for metric, values in scored.metrics.items()}
         rows += _rows(samples, answers, scored, split, config)
@@ -292,11 +306,9 @@ def _data_hashes(splits: Mapping[str, RefinedSplit], stage2: Path, foundation: P
         raw = RAW / name
         paths = [raw] if raw.exists() else [split.folder / SAMPLES_FILE]
         hashes[name] = {"path": paths[0].as_posix(), "sha256": io.sha256_tree(*paths)}
-    if stage2.exists():
-        hashes["stage2"] = {"path": stage2.as_posix(), "sha256": io.sha256_tree(stage2)}
-    if manifests := sorted(foundation.glob("*/manifest.json")):  # each holds the hashes of its part's files
-        hashes["foundation"] = {"path": f"{foundation}/*/manifest.json", "sha256": io.sha256_tree(*manifests)}
-    return hashes
+    read = {"stage2": stage2.as_posix(), "foundation": f"{foundation}/*/manifest.json"}
+    found = lineage.model_sha256(stage2, foundation)
+    return hashes | {name: {"path": read[name], "sha256": sha256} for name, sha256 in found.items()}
 
 
 def _track(evaluation: Mapping[str, Any], out: Path, tracker: Tracker) -> None:

@@ -1,15 +1,12 @@
-"""Scores of referring expressions and of object hallucination (POPE), and how sure a mean of scores is."""
+"""Scores of referring expressions and of object hallucination (POPE)."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from lyrics import seeding
-
 Box = tuple[float, float, float, float]
 IOU_THRESHOLD = 0.5
-_RESAMPLES = 1000
 
 
 def iou(first_xyxy: Box, second_xyxy: Box) -> float:
@@ -65,11 +62,3 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
         f1=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
         yes_ratio=said_yes / len(pairs),
     )
-
-
-def interval(scores: Sequence[float], *keys: object, confidence: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of `scores`; `keys` seed it, so that it is the same every time."""
-    values_N = np.asarray(scores, dtype=float)
-    draws = seeding.rng("interval", *keys).integers(0, len(values_N), (_RESAMPLES, len(values_N)))
-    low, high = np.quantile(values_N[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lyrics import bootstrap
 from lyrics.errors import InputError
 from lyrics.seeding import rng
 
@@ -98,14 +99,7 @@ def paired_interval(
         differences: (image id, difference of the two scores) per sample.
         confidence: e.g. 0.95 for the interval between the percentiles 2.5 and 97.5.
     """
-    images, index = np.unique([image for image, _ in differences], return_inverse=True)
-    values = np.array([difference for _, difference in differences], dtype=np.float64)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    # In images of equal weight a draw with replacement is a multinomial count; the seed makes a verdict repeatable.
-    drawn = rng("promote", len(values)).multinomial(
-        len(images), np.full(len(images), 1 / len(images)), size=bootstrap_samples
-    )
-    means = (drawn @ sums) / (drawn @ counts)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(values.mean()), float(low), float(high)
+    images, values = zip(*differences, strict=True)
+    draws = rng("promote", len(values))  # a verdict can be repeated
+    low, high = bootstrap.interval(values, images, draws, resamples=bootstrap_samples, confidence=confidence)
+    return float(np.mean(values)), low, high

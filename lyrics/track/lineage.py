@@ -50,6 +50,12 @@ def data_hashes(folder: Path) -> dict[str, str]:
     return {child.name: io.sha256_tree(child) for child in sorted(folder.iterdir()) if child.is_dir()}
 
 
+def model_sha256(stage2: Path, foundation: Path) -> dict[str, str]:
+    """What a model is made of: `stage2`, and of `foundation` the manifests, which hold the hashes of its files."""
+    manifests = sorted(foundation.glob("*/manifest.json"))
+    return {"stage2": io.sha256_tree(stage2), "foundation": io.sha256_tree(*manifests)}
+
+
 def content_sha256(**parts: Path) -> str:
     """One hash over named files and folders: equal content under equal names, equal hash, wherever it lies."""
     digest = hashlib.sha256()

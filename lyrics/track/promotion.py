@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FORMER_TAG = "former_champion"
+_SCORED_BY = ("tokenizer", "max_new_tokens", "scoring_sha256")  # of evaluation.json
 # Scores a version on the present data of a split; returns a folder laid out as reports/. Whoever promotes must bring
 # it, because this package knows nothing of models: lyrics.evaluate.again has it.
 EvaluateAgain = Callable[[int, str], Path]
@@ -32,6 +33,7 @@ class Verdict:
         former: the champion of now.
         already: it is `version` itself, so there was nothing to compare.
         scored_again: the versions whose logged scores were of another test set than those they were compared with.
+        former_lost: its files are gone, so that only the floors were asked.
     """
 
     version: int
@@ -39,6 +41,7 @@ class Verdict:
     gates: tuple[gates.Gate, ...]
     already: bool = False
     scored_again: tuple[int, ...] = ()
+    former_lost: bool = False
 
     @property
     def passed(self) -> bool:
@@ -48,9 +51,7 @@ class Verdict:
         if self.already:
             return f"{NAME} version {self.version} is the champion already; nothing changed"
         before = f"in place of version {self.former}" if self.former else "the first"
-        return "\n".join(
-            [*_said_again(self), *map(str, self.gates), f"{NAME} version {self.version} is champion, {before}"]
-        )
+        return "\n".join([*_notes(self), *map(str, self.gates), f"{NAME} version {self.version} is champion, {before}"])
 
     def refusal(self) -> str:
         """Which gates failed, by how much, and that everything stays as it was."""
@@ -62,14 +63,17 @@ class Verdict:
                 f"{NAME} version {self.version} was not promoted; nothing changed, {stays}. It passed {passed} of "
                 f"{len(self.gates)} gates and failed:",
                 *failed,
-                *_said_again(self),
+                *_notes(self),
             ]
         )
 
 
-def _said_again(verdict: Verdict) -> list[str]:
+def _notes(verdict: Verdict) -> list[str]:
     again = " and ".join(f"version {number}" for number in verdict.scored_again)
-    return [f"({again} scored again on the test set that is here now)"] if again else []
+    notes = [f"({again} scored again on the test set that is here now)"] if again else []
+    if verdict.former_lost:
+        notes.append(f"(the files of version {verdict.former} are gone: nothing to compare with)")
+    return notes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,8 @@ def check(
         if champion is not None and int(champion.version) == number:
             return Verdict(version=number, former=number, gates=(), already=True)
         again: tuple[int, ...] = ()
-        if champion is None:
+        lost = champion is not None and _is_lost(client, champion)
+        if champion is None or lost:
             with _reports(client, chosen, "evaluation.json") as reports:
                 evaluation = io.read_json(reports / "evaluation.json")
             passed = gates.floors(evaluation, settings.split, settings.minimum)
@@ -138,6 +143,7 @@ def check(
         former=int(champion.version) if champion else None,
         gates=tuple(passed),
         scored_again=again,
+        former_lost=lost,
     )
     if not verdict.passed:
         raise InputError(verdict.refusal())
@@ -158,14 +164,22 @@ def move(verdict: Verdict) -> None:
 
 
 def write_audit(verdict: Verdict, reason: str = "") -> None:
-    """Say on both versions, and in the model's trail, what happened when and why."""
-    if verdict.already:
-        return
-    passed = "; ".join(gate.name for gate in verdict.gates) or "none configured"
-    reason = reason or " ".join([f"passed the gates: {passed}", *_said_again(verdict)])
+    """Say on both versions, and in the model's trail, what happened when and why.
+
+    Where the champion stays, this makes up for an alias that was set and not written down.
+    """
     client = server.connect()
     with server.reachable():
-        _audit(client, "promote", verdict.version, verdict.former, reason)
+        former = verdict.former
+        if verdict.already:
+            if versions.last_champion(client) == verdict.version:
+                return
+            before = versions.by_number(client, verdict.version).tags.get(FORMER_TAG, "")
+            former = int(before) if before else None
+            reason = reason or "the alias was set before (an interrupted promotion, or by hand)"
+        passed = "; ".join(gate.name for gate in verdict.gates) or "none configured"
+        reason = reason or " ".join([f"passed the gates: {passed}", *_notes(verdict)])
+        _audit(client, "promote", verdict.version, former, reason)
 
 
 def rollback(reason: str = "", *, version: int | None = None) -> Rollback:
@@ -208,6 +222,14 @@ def _audit(client: "MlflowClient", action: str, champion: int, former: int | Non
     versions.record(client, action, champion=champion, former=former, reason=reason)
 
 
+def _is_lost(client: "MlflowClient", version: "ModelVersion") -> bool:
+    try:
+        with _reports(client, version, "evaluation.json"):
+            return False
+    except versions.GoneError:
+        return True
+
+
 @contextlib.contextmanager
 def _reports(client: "MlflowClient", version: "ModelVersion", *names: str) -> Iterator[Path]:
     """A folder with these files of the reports that were logged with a version; it is gone afterwards."""
@@ -219,7 +241,7 @@ def _reports(client: "MlflowClient", version: "ModelVersion", *names: str) -> It
             try:  # into a folder of its own, because MLflow drops the artifact's
                 client.download_artifacts(str(version.run_id), f"reports/{name}", str((folder / name).parent))
             except (MlflowException, OSError) as error:
-                raise InputError(
+                raise versions.GoneError(
                     f"{NAME} version {version.version} has no reports/{name} in its run; register it again"
                 ) from error
         yield folder
@@ -241,10 +263,10 @@ class _Scores:
         return cls(evaluation=evaluation, samples=samples, sha256=sha256)
 
     def comparable(self, other: "_Scores") -> bool:
-        """Of the same data, the same choice of samples, and captions cut into words in the same way."""
-        tokenizers = {scores.evaluation.get("tokenizer") for scores in (self, other)}
+        """Of the same data, the same choice of samples, answers as long, and scored by the same code."""
+        alike = all(self.evaluation.get(key) == other.evaluation.get(key) for key in _SCORED_BY)
         ids = [{sample.sample_id for sample in scores.samples} for scores in (self, other)]
-        return self.sha256 is not None and self.sha256 == other.sha256 and len(tokenizers) == 1 and ids[0] == ids[1]
+        return alike and self.sha256 is not None and self.sha256 == other.sha256 and ids[0] == ids[1]
 
 
 def _on_one_test_set(

@@ -60,7 +60,7 @@ def register(config: configuration.Config | None = None, sources: Sources | None
     """Register the finished model as a new version of `lyrics`, or reuse the version with the same content.
 
     Raises:
-        InputError: a part of the model is missing.
+        InputError: a part of the model is missing, or reports/ are of another one.
         RetryableError: the registry is down, or another process holds it.
     """
     sources = sources or Sources()
@@ -69,6 +69,7 @@ def register(config: configuration.Config | None = None, sources: Sources | None
             raise InputError(
                 f"{path} does not exist, so there is no finished model to register; make it with: dvc repro"
             )
+    _check_evaluated(sources)
     if config is None and configuration.CONFIG_PATH.exists():
         config = configuration.load()
     content = sources.content_sha256()
@@ -82,6 +83,17 @@ def register(config: configuration.Config | None = None, sources: Sources | None
             client.set_registered_model_alias(NAME, CANDIDATE, str(version))
             versions.record(client, "register", version=version, reused=reused)
     return RegisteredVersion(version=version, alias=CANDIDATE, reused=reused, uri=f"models:/{NAME}/{version}")
+
+
+def _check_evaluated(sources: Sources) -> None:
+    """Scores of another model would pass the gates for this one."""
+    recorded = io.read_json(sources.reports / "evaluation.json").get("data", {})
+    for name, found in lineage.model_sha256(sources.stage2, sources.foundation).items():
+        if recorded.get(name, {}).get("sha256") != found:
+            raise InputError(
+                f"{sources.reports} holds scores of another model: its {name} is not the one in "
+                f"{getattr(sources, name)}; evaluate this one with: dvc repro"
+            )
 
 
 def _create(client: "MlflowClient", content: str, config: Any, sources: Sources) -> "ModelVersion":

@@ -121,7 +121,12 @@ def stage_run(stage: str, config: Any) -> Iterator[RunTracker]:
 def continued(run_id: str) -> Iterator[RunTracker]:
     """Report to a run that another process of the same stage opened, and will close."""
     tracker = RunTracker(server.connect(), run_id)
-    yield tracker
+    try:
+        yield tracker
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first failure is the one to report
+            tracker.flush()
+        raise
     tracker.flush()
 
 
@@ -159,6 +164,8 @@ def _run(kind: type, stage: str, parent: str | None) -> Iterator[Any]:
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
         with contextlib.suppress(Exception):  # the first failure is the one to report
+            tracker.flush()  # the last metrics before it are those that tell why
+        with contextlib.suppress(Exception):
             tracker.set_tags({"failure": f"{type(error).__name__}: {error}"[:500]})
             client.set_terminated(run_id, "KILLED" if killed else "FAILED")
         raise

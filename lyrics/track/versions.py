@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import getpass
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ RAW = Path("data/raw")
 CACHE = Path("build/registry")
 LOCK = Path("build/registry.lock")
 LOCK_SECONDS = 60.0
+
+
+class GoneError(InputError):
+    """The registry knows a version whose files are no longer there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,12 @@ def audit_trail(client: "MlflowClient") -> list[dict[str, Any]]:
     ]
 
 
+def last_champion(client: "MlflowClient") -> int | None:
+    """Whom the audit trail has as champion."""
+    events = [event for event in audit_trail(client) if "champion" in event]
+    return events[-1]["champion"] if events else None
+
+
 def set_tags(client: "MlflowClient", version: int, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         client.set_model_version_tag(NAME, str(version), key, value)
@@ -145,8 +156,13 @@ def best_available() -> LocalModel:
             with server.reachable():
                 for alias in (CHAMPION, CANDIDATE):
                     version = by_alias(client, alias)
-                    if version is not None:
-                        return _fetched(client, version, f"{NAME} version {version.version} ({alias})")
+                    if version is None:
+                        continue
+                    label = f"{NAME} version {version.version} ({alias})"
+                    try:
+                        return _fetched(client, version, label)
+                    except GoneError:  # the folder was moved, or mlruns/ cleared
+                        why = f"the files of {label} are gone"
         except RetryableError:
             why = "the registry does not answer"
     if not (STAGE2.is_dir() and FOUNDATION.is_dir()):
@@ -178,17 +194,20 @@ def _fetched(client: "MlflowClient", version: "ModelVersion", label: str) -> Loc
         from mlflow.artifacts import download_artifacts
 
         folder = CACHE / version.tags.get(CONTENT_TAG, f"version-{version.version}")
-        if not (folder / "MLmodel").exists():
-            uri, partial = server.tracking_uri(), folder.with_name(folder.name + ".partial")
-            partial.mkdir(parents=True, exist_ok=True)
-            source = client.get_model_version_download_uri(NAME, version.version)
-            download_artifacts(artifact_uri=source, dst_path=str(partial), tracking_uri=uri, registry_uri=uri)
-            found = next(partial.rglob("MLmodel"), None)
-            if found is None:
-                raise InputError(f"The files of {label} at {source} hold no model")
-            found.parent.rename(folder)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # another process may be fetching it: then wait for that
+            if not (folder / "MLmodel").exists():
+                uri, partial = server.tracking_uri(), folder.with_name(folder.name + ".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+                source = client.get_model_version_download_uri(NAME, version.version)
+                download_artifacts(artifact_uri=source, dst_path=str(partial), tracking_uri=uri, registry_uri=uri)
+                found = next(partial.rglob("MLmodel"), None)
+                if found is None:
+                    raise InputError(f"The files of {label} at {source} hold no model")
+                found.parent.rename(folder)
+                shutil.rmtree(partial, ignore_errors=True)
     elif not (folder / "MLmodel").exists():
-        raise InputError(f"The files of {label} are gone from {folder}; register it again: python -m lyrics register")
+        raise GoneError(f"The files of {label} are gone from {folder}; register it again: python -m lyrics register")
     return _in_mlflow_folder(folder, label)
 
 

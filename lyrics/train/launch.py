@@ -10,8 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lyrics import io
-from lyrics.errors import InputError
-from lyrics.stage import EXIT_INPUT
+from lyrics.errors import InputError, RetryableError
+from lyrics.stage import EXIT_INPUT, EXIT_RETRY, MAY_PASS
 
 FAILURE = "failure"  # in the stage's work folder: the exit code and the sentence of the worker that failed first
 
@@ -21,6 +21,7 @@ def launch(processes: int, stage: str, work: Path, run_id: str) -> None:
 
     Raises:
         InputError: a worker refused its input.
+        RetryableError: what it needs did not answer.
         RuntimeError: a worker failed otherwise; its output says more.
         KeyboardInterrupt: Ctrl-C; SystemExit: another signal. The agent has ended the workers.
     """
@@ -48,6 +49,8 @@ def launch(processes: int, stage: str, work: Path, run_id: str) -> None:
         code, _, sentence = (failure.read_text() if failure.exists() else "1 it left no message").partition(" ")
         if int(code) == EXIT_INPUT:
             raise InputError(sentence) from None
+        if int(code) == EXIT_RETRY:
+            raise RetryableError(sentence.removesuffix(MAY_PASS)) from None
         raise RuntimeError(f"a process of {stage} failed: {sentence}") from None
 
 

@@ -135,6 +135,12 @@ def run(work, monkeypatch, encoder):
     return work / "out"
 
 
+def test_what_a_killed_worker_left_of_a_tar_is_not_published(web, monkeypatch):
+    io.write_text(web / "work/kept/.00000.tar.abc.tmp", "half of it")
+    out = run(web / "work", monkeypatch, FakeEncoder())
+    assert {path.name for path in out.iterdir()} >= {"00000.tar", "ledger.parquet"} and not list(out.glob(".*"))
+
+
 def test_every_kind_of_dirt_is_dropped_for_its_reason(web, monkeypatch):
     out = run(web / "work", monkeypatch, FakeEncoder())
     ledger = {row["key"]: row for row in pq.read_table(out / "ledger.parquet").to_pylist()}

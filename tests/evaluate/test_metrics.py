@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lyrics import bootstrap
 from lyrics.evaluate import metrics
 
 corner = st.floats(0, 100, allow_nan=False)
@@ -68,9 +69,13 @@ def test_always_yes_on_the_official_questions(shared):
     assert found.f1 == pytest.approx(2 / 3)
 
 
-def test_interval_is_reproducible_and_covers_the_mean():
-    scores = np.random.default_rng(0).random(200).round().tolist()
-    low, high = metrics.interval(scores, "test", "vqa")
-    assert (low, high) == metrics.interval(scores, "test", "vqa")
-    assert low < np.mean(scores) < high
-    assert high - low == pytest.approx(4 * np.std(scores) / np.sqrt(200), rel=0.15)
+@pytest.mark.parametrize("questions", [1, 4])
+def test_an_interval_is_as_wide_as_there_are_pictures_not_questions(questions):
+    """All questions about a picture are answered alike: several tell no more than one."""
+    right = np.random.default_rng(0).random(200).round()
+    pictures = [str(n) for n in range(200)] * questions
+    low, high = bootstrap.interval(
+        np.tile(right, questions), pictures, np.random.default_rng(1), resamples=1000, confidence=0.95
+    )
+    assert low < right.mean() < high
+    assert high - low == pytest.approx(4 * right.std() / np.sqrt(200), rel=0.15)

@@ -62,6 +62,7 @@ def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -
         ("stage2.stepz=3", "stage2.stepz in params/run.yaml names an unknown key"),
         ("until=nowhere", "dvc.yaml has no stage nowhere; choices: compose, first, second"),
         ("push=perhaps", "push=perhaps is unknown; choices: true, false"),
+        ("push=true", "push=true, but DVC has no default remote; name one with: dvc remote add --default"),
         ("folder=/no/such", "data source world reads no folder, but folder is /no/such"),
     ],
 )

@@ -1,4 +1,14 @@
+"""What a run ends with."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from flows import summary
+from flows.stages import Outcome
 from flows.summary import score_rows
+from lyrics import io
 
 VALUE = {"model": 0.5, "most_frequent": 0.25, "other_image": None, "other_features": 0.0, "n": 8}
 EVALUATION = {
@@ -24,3 +34,14 @@ def test_headlines_are_one_row_per_split_and_task():
 def test_all_rows_hold_slices_too():
     assert {row["metric"] for row in score_rows(EVALUATION)} >= {"vqa_accuracy/colour", "pope_f1"}
     assert len(score_rows(EVALUATION)) == 6
+
+
+def test_a_run_that_stopped_before_evaluate_shows_no_scores_of_another(tmp_path, monkeypatch):
+    """Nor its example: the pictures of the other run may be gone."""
+    monkeypatch.chdir(tmp_path)
+    io.write_json(summary.EVALUATION, EVALUATION)
+    monkeypatch.setattr(summary, "example", lambda: pytest.fail("an example of another run was looked for"))
+    console = Console(width=110, record=True, file=StringIO())
+    summary.report([Outcome(stage="refine", how="ran", seconds=1.0)], "not registered", console)
+    said = console.export_text()
+    assert "refine" in said and "vqa_accuracy" not in said and "index.html" not in said

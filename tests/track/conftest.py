@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lyrics import io
-from lyrics.track import packaging
+from lyrics.track import lineage, packaging
 from lyrics.track.registry import Sources
 
 FAKE_INFERENCE = '''
@@ -206,5 +206,7 @@ def _write_reports(folder: Path, quality: float, samples: int = SAMPLES) -> Path
         "absent": {"meteor": "Java is absent"},
         "data": {"test": {"path": "data/raw/test", "sha256": io.sha256_tree(Path("data/raw/test"))}},
     }
+    model = lineage.model_sha256(Path("models/stage2"), Path("models/foundation"))
+    evaluation["data"] |= {name: {"sha256": sha256} for name, sha256 in model.items()}
     io.write_json(folder / "evaluation.json", evaluation)
     return folder

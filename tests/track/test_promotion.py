@@ -9,7 +9,7 @@ import pytest
 from lyrics import io
 from lyrics.config import Promote
 from lyrics.errors import InputError
-from lyrics.track import gates, registry, server, versions
+from lyrics.track import gates, promotion, registry, server, versions
 
 SETTINGS = Promote(split="test", minimum={"vqa_accuracy": 0.5}, bootstrap_samples=500, confidence=0.95)
 
@@ -64,6 +64,26 @@ def test_promotes_remembers_and_rolls_back(two_versions):
     assert [e["at"] for e in trail] == sorted(e["at"] for e in trail)
     with pytest.raises(InputError, match="version 1 replaced no champion"):
         registry.rollback()
+
+
+def test_a_promotion_that_was_interrupted_is_written_down_by_the_next(two_versions):
+    promote(1)
+    verdict = promotion.check(2, evaluate_again=never, settings=SETTINGS)
+    promotion.move(verdict)  # and no more: the registry went down
+    assert promote(2).already
+    assert [event["champion"] for event in versions.audit_trail(server.connect()) if "champion" in event] == [1, 2]
+    assert server.connect().get_model_version("lyrics", "1").tags["replaced_by"] == "2"
+    promote(2)
+    assert versions.last_champion(server.connect()) == 2
+    assert sum("champion" in event for event in versions.audit_trail(server.connect())) == 2
+
+
+def test_scores_by_other_code_are_not_compared(two_versions, make_model, sources, again):
+    promote(1)
+    io.write_json(Path("reports/evaluation.json"), io.read_json("reports/evaluation.json") | {"scoring_sha256": "new"})
+    assert registry.register({}, sources).version == 3
+    again.quality = {1: 0.7, 3: 0.9}
+    assert sorted(promote(evaluate_again=again).scored_again) == [1, 3]
 
 
 def test_reports_of_versions_do_not_stay_in_the_temporary_folder(two_versions, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Registration, on a real registry."""
 
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lyrics import io
+from lyrics.config import Promote
 from lyrics.errors import InputError
 from lyrics.track import packaging, registry, server, versions
+
+SETTINGS = Promote(split="test", minimum={"vqa_accuracy": 0.5}, bootstrap_samples=100, confidence=0.95)
 
 
 def test_registers_with_lineage_and_reuses_by_content(sources, make_model):
@@ -122,3 +126,27 @@ def test_pins_need_exact_versions(tmp_path):
     lock.write_text("torch>=2\n")
     with pytest.raises(InputError, match="no pinned requirement"):
         packaging.pinned(lock)
+
+
+@pytest.mark.parametrize("part", ["stage2", "foundation"])
+def test_scores_of_another_model_are_not_taken_for_this_ones(sources, make_model, part):
+    make_model(0.9)
+    other = {"stage2": Path("models/stage2/config.json"), "foundation": Path("models/foundation/clip/manifest.json")}
+    io.write_json(other[part], {"trained": "again"})
+    with pytest.raises(InputError, match=rf"reports holds scores of another model: its {part} is not .*dvc repro"):
+        registry.register({}, sources)
+
+
+def test_a_champion_whose_files_are_gone_is_passed_over_and_replaced(sources, make_model):
+    make_model(0.9)
+    registry.register({}, sources)
+    promote = functools.partial(registry.promote, settings=SETTINGS, evaluate_again=lambda *_: pytest.fail("again"))
+    promote(1)
+    shutil.rmtree("mlruns")
+    assert "the files of lyrics version 1 (candidate) are gone" in registry.best_available().label
+    make_model(0.8)
+    registry.register({}, sources)
+    assert registry.best_available().label == "lyrics version 2 (candidate)"
+    verdict = promote()
+    assert verdict.former_lost and "(the files of version 1 are gone: nothing to compare with)" in str(verdict)
+    assert registry.best_available().label == "lyrics version 2 (champion)"

@@ -56,6 +56,7 @@ def test_a_stage_that_fails_says_so(project, error, status):
         raise error
     run = run_of(tracker.run_id)
     assert run.info.status == status and type(error).__name__ in run.data.tags["failure"]
+    assert run.data.metrics["a"] == 1.0
 
 
 def test_a_killed_run_is_closed_by_the_next_but_not_one_at_work(project):

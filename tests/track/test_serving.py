@@ -13,6 +13,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +51,20 @@ def served(monkeypatch):
 def test_answers_each_row_in_order(served):
     answers = served([encoded(), "What?"], ["data:image/png;base64," + encoded((5, 6)), "Where?"])
     assert answers == ["RGB (20, 10) What?", "RGB (5, 6) Where?"]
+
+
+def test_a_request_holds_one_decoded_picture_at_a_time(served, monkeypatch):
+    decoded: list[weakref.ref] = []
+    decode = serving.decode_image
+
+    def one_at_a_time(content: bytes, row: int) -> Image.Image:
+        assert not any(image() for image in decoded)
+        image = decode(content, row)
+        decoded.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(serving, "decode_image", one_at_a_time)
+    assert len(served(*[[encoded(), "What?"]] * 5)) == len(decoded) == 5
 
 
 @pytest.mark.parametrize(

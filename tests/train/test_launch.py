@@ -12,8 +12,11 @@ import pytest
 import small_project
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lyrics import io
+from lyrics.errors import InputError, RetryableError
+from lyrics.stage import verdict
 from lyrics.train import launch
 
 
@@ -61,3 +64,17 @@ def test_a_signal_that_ended_the_workers_ends_the_verb_in_the_same_way(
     with pytest.raises(raised) as ended:
         launch.launch(2, "pretrain", tmp_path, "")
     assert raised is KeyboardInterrupt or ended.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("error", [RetryableError("MLflow did not answer"), InputError("no samples")])
+def test_what_a_worker_says_of_its_failure_the_verb_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def agent(*_: object) -> None:
+        launch.report_failure(tmp_path, *verdict(error))
+        raise ChildFailedError("worker", {0: ProcessFailure(0, 0, 1, "")})
+
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: agent)
+    with pytest.raises(type(error)) as raised:
+        launch.launch(2, "pretrain", tmp_path, "")
+    assert str(raised.value) == str(error)
