@@ -7,10 +7,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help run test soak lint ui clean evaluate-full
 
 # Only what stands on make's own command line is a choice: an environment variable `data` is not.
-chosen = $(foreach name,preset data folder until push,$(if $(filter command,$(firstword $(origin $(name)))),$(name)='$($(name))'))
+given = $(filter command,$(firstword $(origin $(1))))
+chosen = $(foreach name,preset data folder until push,$(if $(call given,$(name)),$(name)='$($(name))')) $(if $(call given,overrides),$(overrides))
 
 help: ## this list
-	@echo "make TARGET [preset=tiny|laptop|paper] [data=world|photos|files] [folder=PATH] [overrides='stage2.steps=900 seed=1']"
+	@echo "make TARGET [preset=tiny|laptop|paper] [data=world|photos|files] [folder=PATH] [overrides='stage2.steps=900 seed=1'] [until=STAGE] [push=true]"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 $(READY): requirements.lock pyproject.toml
@@ -28,7 +29,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 run: $(READY) ## raw data to a registered model; again: only what changed
-	@python -m flows.end_to_end $(chosen) $(overrides)
+	@python -m flows.end_to_end $(chosen)
 
 test: $(READY) ## all tests but the long ones
 	@OMP_NUM_THREADS=1 python -m pytest -m "not soak" -n logical --maxprocesses 8 --dist loadfile

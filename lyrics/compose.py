@@ -56,7 +56,21 @@ def _compose(choices: dict[str, Any], run: Path) -> dict[str, Any]:
             f"The configuration in {root.name}/ cannot be composed: {str(error).splitlines()[0]}"
         ) from None
     _set_folder(values, choices["folder"])
+    _set_vocabulary(values["foundation"]["tagger"], root)
     return TypeAdapter(Config).dump_python(parse(values), mode="json")
+
+
+def _set_vocabulary(tagger: dict[str, Any], root: Path) -> None:
+    """The file's content belongs to the configuration; outside of params/ nobody would notice that it changed."""
+    if tagger["vocabulary"] is None:
+        return
+    path = Path(tagger["vocabulary"])
+    if not path.is_file() or not path.resolve().is_relative_to(root):
+        raise InputError(
+            f"foundation.tagger.vocabulary is {path}, which is no file in {root.name}/; put it there, one tag a line, "
+            f"e.g. {root.name}/words.txt"
+        )
+    tagger["vocabulary_sha256"] = io.sha256_file(path)
 
 
 def read_choices(run: Path) -> dict[str, Any]:

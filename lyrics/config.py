@@ -32,6 +32,7 @@ _KEYS_OF_FORMATS = {
 # What a value may be; a value outside is refused with its name before any stage starts.
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
+HammingBits = Annotated[int, Field(ge=0, lt=32)]  # of 256; an index of bands finds no more
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -108,7 +109,7 @@ class Data:
     splits: dict[str, str]
     sets: tuple[FileSet, ...]
     max_images: Count | None
-    leak_hamming_bits: Amount | None
+    leak_hamming_bits: HammingBits | None
 
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
@@ -161,13 +162,15 @@ class TaggerPart:
     Of tagger, detector and segmenter, `annotations` reads the ground truth (the refiner's oracle) and `none` is off:
     without a tagger every word of the vocabulary is looked for.
 
-    `vocabulary` is a file with one tag a line, after a tab its own threshold where it has one (None: the categories of
-    the annotated splits). `prompts` are sentences with {} where a tag belongs; their texts are averaged.
+    `vocabulary` is a file in params/ with one tag a line, after a tab its own threshold where it has one (None: the
+    categories of the annotated splits); `vocabulary_sha256` is written by `compose`, so that DVC sees the file change.
+    `prompts` are sentences with {} where a tag belongs; their texts are averaged.
     """
 
     source: Literal["fitted", "zero_shot", "annotations", "none"]
     name: str
     vocabulary: str | None
+    vocabulary_sha256: str | None = None
     prompts: tuple[str, ...]
     threshold: Fraction
     epochs: Amount
@@ -228,7 +231,7 @@ class Clean:
     min_side_px: Amount
     max_aspect_ratio: Positive
     drop_animated: bool
-    duplicate_hamming_bits: Amount
+    duplicate_hamming_bits: HammingBits
     min_words: Amount
     max_words: Count
     max_repetition: Fraction
@@ -457,12 +460,20 @@ _TOKENS_OF_A_CAPTION = 35
 
 def _check(config: Config) -> None:
     """Cross-field rules: each names the fields and the cure."""
-    if config.data.source != "world" and not config.data.folder:
+    _check_data(config.data)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        raise InputError(f"device {config.device!r} is unknown; choices: auto, cpu, mps, cuda, cuda:NUMBER")
+    _check_engine(config.engine, config.device)
+    _check_mq_former(config.mq_former, config.refine)
+
+
+def _check_data(data: Data) -> None:
+    if data.source != "world" and not data.folder:
         raise InputError(
-            f"data.source is {config.data.source} but data.folder is empty; name a folder, e.g. make run data=photos "
+            f"data.source is {data.source} but data.folder is empty; name a folder, e.g. make run data=photos "
             "folder=PATH"
         )
-    for number, one in enumerate(config.data.sets):
+    for number, one in enumerate(data.sets):
         for key, formats in _KEYS_OF_FORMATS.items():
             if getattr(one, key) is not None and one.format not in formats:
                 raise InputError(
@@ -470,31 +481,40 @@ def _check(config: Config) -> None:
                     "leave it out"
                 )
     known = [field.name for field in dataclasses.fields(SceneCounts)]
-    if unknown := sorted(set(config.data.splits) - set(known)):
+    if unknown := sorted(set(data.splits) - set(known)):
         raise InputError(
             f"data.splits has the unknown key {', '.join(unknown)}; splits are {', '.join(known)}, and the value of "
             "each names a sub-folder of yours, e.g. data.splits.test=NAME"
         )
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
-        raise InputError(f"device {config.device!r} is unknown; choices: auto, cpu, mps, cuda, cuda:NUMBER")
-    _check_engine(config.engine, config.device)
-    if config.mq_former.hidden_size % config.mq_former.heads:
+    named = {f"data.splits.{split}": path for split, path in data.splits.items()} | {
+        f"data.sets.{number}.{key}": getattr(one, key)
+        for number, one in enumerate(data.sets)
+        for key in ("path", "images", "annotations")
+    }
+    for key, path in named.items():
+        if path is not None and (Path(path).is_absolute() or ".." in Path(path).parts):
+            raise InputError(
+                f"{key} is {path}, which leads out of data.folder, where DVC would not see it change; name a path "
+                "below the folder"
+            )
+
+
+def _check_mq_former(mq_former: MQFormer, refine: Refine) -> None:
+    if mq_former.hidden_size % mq_former.heads:
         raise InputError(
-            f"mq_former.hidden_size ({config.mq_former.hidden_size}) must be a multiple of mq_former.heads "
-            f"({config.mq_former.heads})"
+            f"mq_former.hidden_size ({mq_former.hidden_size}) must be a multiple of mq_former.heads ({mq_former.heads})"
         )
-    if not config.mq_former.visual_queries + config.mq_former.grounding_queries:
+    if not mq_former.visual_queries + mq_former.grounding_queries:
         raise InputError(
             "mq_former.visual_queries and mq_former.grounding_queries are both 0; set at least one of them above 0"
         )
-    room = config.mq_former.max_text_tokens - _TOKENS_OF_A_CAPTION
-    of_one = _TOKENS_OF_AN_OBJECT[config.refine.coordinate_format]
-    if config.refine.max_objects * of_one > room:
+    of_one = _TOKENS_OF_AN_OBJECT[refine.coordinate_format]
+    most = max(0, (mq_former.max_text_tokens - _TOKENS_OF_A_CAPTION) // of_one)
+    if refine.max_objects > most:
         raise InputError(
-            f"refine.max_objects is {config.refine.max_objects}, but mq_former.max_text_tokens "
-            f"{config.mq_former.max_text_tokens} hold a caption and {max(0, room // of_one)} objects of {of_one} "
-            f"tokens (refine.coordinate_format {config.refine.coordinate_format}); lower the first, raise the second "
-            "or take the format grid100"
+            f"refine.max_objects is {refine.max_objects}, but mq_former.max_text_tokens {mq_former.max_text_tokens} "
+            f"hold a caption and {most} objects of {of_one} tokens (refine.coordinate_format "
+            f"{refine.coordinate_format}); lower the first, raise the second or take the format grid100"
         )
 
 

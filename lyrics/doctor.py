@@ -119,7 +119,7 @@ def check_memory(free_gib: float, needed_gib: float, preset: str) -> Finding:
     found = f"{free_gib:.0f} GiB available, {needed_gib} GiB needed for {preset}"
     if free_gib >= needed_gib:
         return Finding(subject="memory", level="ok", found=found)
-    cure = "close other programs, or lower batch sizes: make run overrides='stage1.batch_size=32 stage2.batch_size=16'"
+    cure = "close other programs, or: make run overrides='stage1.accumulate=2 stage2.accumulate=2'"
     return Finding(subject="memory", level="missing", found=found, cure=cure)
 
 
@@ -145,7 +145,7 @@ def check_bf16() -> Finding:
         from lyrics.numerics import has_native_bf16
     except ImportError as error:
         return Finding(subject="bf16", level="note", found=f"unknown: {error}", cure="install the packages first")
-    if torch.cuda.is_available() or has_native_bf16(torch.device("cpu")):
+    if has_native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         return Finding(subject="bf16", level="ok", found="products in bf16")
     cure = "precision auto computes in fp32 here: training takes a multiple of the times stated"
     return Finding(subject="bf16", level="note", found="the processor has no products in bf16", cure=cure)

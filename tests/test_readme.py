@@ -25,8 +25,10 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
     "docs/formats.md",
+    "docs/inspect.md",
     "docs/learning.md",
     "docs/operations.md",
+    "docs/refiner.md",
     "docs/plan.md",
 )
 # What a run makes, by its first folder; and words with a slash that are no files.

@@ -45,6 +45,6 @@ def fetch(name: str, revision: str | None) -> Fetched:
     if not any(folder.glob(_WEIGHTS)):
         raise InputError(
             f"{name} at {revision[:12]} has no *.safetensors, and pickled weights are refused, since loading them can "
-            "run code; convert them to safetensors in a repository or folder of yours and name that one"
+            "run code; convert them to safetensors in a repository of yours and name that one"
         )
     return Fetched(name=name, folder=folder, licence=_LICENCES.get(name, "unknown: see the repository"))

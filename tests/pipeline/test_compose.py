@@ -59,6 +59,12 @@ def test_composing_twice_gives_the_same_bytes() -> None:
             r"refine.max_objects is 16, but mq_former.max_text_tokens 128 hold a caption and 15 objects of 6 tokens "
             r"\(refine.coordinate_format grid100\); lower the first",
         ),
+        (
+            {"overrides": {"foundation.tagger.vocabulary": "words.txt"}},
+            r"vocabulary is words.txt, which is no file in params/; put it there, one tag a line",
+        ),
+        ({"overrides": {"data.splits.val": "../val"}}, r"data.splits.val is ../val, which leads out of data.folder"),
+        ({"overrides": {"clean.duplicate_hamming_bits": 32}}, r"clean.duplicate_hamming_bits: .*less than 32"),
         ({"overrides": {"stage2.steps": -5}}, r"stage2.steps: .*greater than or equal to 1 \(found -5\)"),
         ({"overrides": {"stage1.mask_probability": 1.5}}, r"stage1.mask_probability: .*less than or equal to 1"),
         ({"overrides": {"stage1.temperature": float("nan")}}, r"stage1.temperature: .*finite number"),
@@ -168,3 +174,13 @@ def test_looking_at_a_choice_changes_nothing() -> None:
     before = RUN.read_bytes()
     assert compose.edited(["seed=3"])[1]["overrides"] == {"seed": 3}
     assert RUN.read_bytes() == before
+
+
+def test_other_words_of_the_tagger_are_another_configuration() -> None:
+    words = Path("params/words.txt")
+    choose(overrides={"foundation.tagger.vocabulary": str(words)})
+    found = []
+    for text in ("cup\n", "cup\nstar\n"):
+        words.write_text(text)
+        found.append(compose.compose()["foundation"]["tagger"]["vocabulary_sha256"])
+    assert found[0] != found[1]
