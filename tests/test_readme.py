@@ -67,7 +67,7 @@ KEYS = fields(config.Config)
 
 
 def known(key: str) -> bool:
-    is_group = (ROOT / "params" / key).is_dir()  # engine=ray
+    is_group = (ROOT / "params" / key).is_dir() or any(one.startswith(f"{key}.") for one in KEYS)  # engine=ray
     return is_group or key in KEYS or key.rpartition(".")[0] in ("data.splits", "promote.minimum", "stage2.shares")
 
 
