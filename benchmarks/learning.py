@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/learning"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--write", type=Path, help="a document with the markers <!-- learning -->, <!-- /learning -->")
+    parser.add_argument("--write", type=Path, help="a document with the markers <!-- MARKER -->, <!-- /MARKER -->")
+    parser.add_argument("--marker", default="learning")
     chosen = parser.parse_args(arguments)
     path = chosen.project / "build/config.yaml"
     if not (chosen.project / "reports/evaluation.json").exists() or not path.exists():
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown)
     if chosen.write:
         write_table(
-            chosen.write, "learning", f"Seeds {', '.join(map(str, chosen.seeds))}: mean (least–greatest).\n\n{markdown}"
+            chosen.write, chosen.marker, f"Seeds {', '.join(map(str, chosen.seeds))}: mean (least–greatest).\n\n{markdown}"
         )
 
 
