@@ -207,6 +207,8 @@ def main(arguments: list[str]) -> None:
     preset, data, folder = (parameters.get(name) for name in ("preset", "data", "folder"))
     compose.edited(_settings(preset, data, folder, parameters["overrides"]))
     _pipeline(parameters.get("until"))
+    if parameters.get("push_to_remote"):
+        stages.need_remote()
     try:
         _start_server()
         end_to_end(**parameters)
