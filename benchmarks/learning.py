@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown)
     if chosen.write:
         write_table(
-            chosen.write, chosen.marker, f"Seeds {', '.join(map(str, chosen.seeds))}: mean (least–greatest).\n\n{markdown}"
+            chosen.write,
+            chosen.marker,
+            f"Seeds {', '.join(map(str, chosen.seeds))}: mean (least–greatest).\n\n{markdown}",
         )
 
 
