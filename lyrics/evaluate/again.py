@@ -10,7 +10,7 @@ from lyrics import config as configuration
 from lyrics import io, seeding
 from lyrics.errors import InputError
 from lyrics.stage import WORK, locked
-from lyrics.track import lineage, packaging, versions
+from lyrics.track import lineage, versions
 
 if TYPE_CHECKING:
     from lyrics.config import Config
@@ -66,9 +66,8 @@ def _fingerprint(config: "Config", files: versions.LocalModel, raw: Path) -> str
     """All that the scores depend on: model, pictures and questions, settings, code."""
     from lyrics.evaluate import captions
 
-    code = sorted(packaging.PACKAGE.rglob("*.py"))
     model = lineage.model_sha256(files.stage2, files.foundation)
-    hashes = [*model.values(), io.sha256_tree(raw), io.sha256_tree(*code)]
+    hashes = [*model.values(), io.sha256_tree(raw), lineage.code_sha256()]
     return f"{seeding.stable_seed(*hashes, config.evaluate, config.seed, captions.tokenizer_name()):016x}"
 
 

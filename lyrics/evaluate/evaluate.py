@@ -31,7 +31,6 @@ RAW, REFINED, FOUNDATION, STAGE2 = (
     Path("models/stage2"),
 )
 TRAINING_SPLIT = "instruct"
-PACKAGE = Path(__file__).parents[1]
 # What decides on a score beside the answer: scores of two versions of it are not compared.
 SCORING = (
     *("evaluate/captions.py", "evaluate/metrics.py", "evaluate/tasks.py", "evaluate/vqa.py"),
@@ -135,7 +134,7 @@ def _score(
         "samples_per_split": config.evaluate.samples_per_split,
         "tokenizer": captions.tokenizer_name(),
         "max_new_tokens": config.evaluate.max_new_tokens,
-        "scoring_sha256": io.sha256_tree(*(PACKAGE / name for name in SCORING)),
+        "scoring_sha256": io.sha256_tree(*(lineage.PACKAGE / name for name in SCORING)),
         "splits": scores,
         "absent": absent,
         "data": data,
@@ -149,8 +148,7 @@ def _answers_folder(
 ) -> Path:
     """Where answers of this model and code to these questions are kept; those of others are removed."""
     tables = [split.folder / name for split in splits.values() for name in (SAMPLES_FILE, IMAGES_FILE)]
-    code = io.sha256_tree(*sorted(PACKAGE.rglob("*.py")))
-    seen = [code, *map(io.sha256_file, tables), *(entry["sha256"] for entry in data.values())]
+    seen = [lineage.code_sha256(), *map(io.sha256_file, tables), *(entry["sha256"] for entry in data.values())]
     folder = answers / f"{seeding.stable_seed(*seen, config.evaluate, config.refine, config.seed):016x}"
     for other in answers.glob("*"):
         if other != folder:

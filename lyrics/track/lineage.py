@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lyrics import io
 
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "mlflow", "ultralytics", "numpy")
 
 
@@ -54,6 +55,11 @@ def model_sha256(stage2: Path, foundation: Path) -> dict[str, str]:
     """What a model is made of: `stage2`, and of `foundation` the manifests, which hold the hashes of its files."""
     manifests = sorted(foundation.glob("*/manifest.json"))
     return {"stage2": io.sha256_tree(stage2), "foundation": io.sha256_tree(*manifests)}
+
+
+def code_sha256() -> str:
+    """Of all modules of the package."""
+    return io.sha256_tree(*sorted(PACKAGE.rglob("*.py")))
 
 
 def content_sha256(**parts: Path) -> str:

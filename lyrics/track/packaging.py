@@ -11,9 +11,8 @@ from typing import Any
 from lyrics import io
 from lyrics.errors import InputError
 from lyrics.track import runs
-from lyrics.track.lineage import Lineage
+from lyrics.track.lineage import PACKAGE, Lineage
 
-PACKAGE = Path(__file__).parents[1]
 LOCK = Path("requirements.lock")
 BASELINES = ("most_frequent", "other_image", "other_features")
 _CARD = """# Lyrics

@@ -223,11 +223,10 @@ def _audit(client: "MlflowClient", action: str, champion: int, former: int | Non
 
 
 def _is_lost(client: "MlflowClient", version: "ModelVersion") -> bool:
-    try:
-        with _reports(client, version, "evaluation.json"):
-            return False
-    except versions.GoneError:
-        return True
+    """Asked of the store's list: a download that fails may do so because the store is down."""
+    return "reports/evaluation.json" not in {
+        file.path for file in client.list_artifacts(str(version.run_id), "reports")
+    }
 
 
 @contextlib.contextmanager
@@ -241,7 +240,7 @@ def _reports(client: "MlflowClient", version: "ModelVersion", *names: str) -> It
             try:  # into a folder of its own, because MLflow drops the artifact's
                 client.download_artifacts(str(version.run_id), f"reports/{name}", str((folder / name).parent))
             except (MlflowException, OSError) as error:
-                raise versions.GoneError(
+                raise InputError(
                     f"{NAME} version {version.version} has no reports/{name} in its run; register it again"
                 ) from error
         yield folder

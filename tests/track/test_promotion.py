@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 
 from lyrics import io
 from lyrics.config import Promote
@@ -76,6 +77,18 @@ def test_a_promotion_that_was_interrupted_is_written_down_by_the_next(two_versio
     promote(2)
     assert versions.last_champion(server.connect()) == 2
     assert sum("champion" in event for event in versions.audit_trail(server.connect())) == 2
+
+
+def test_a_store_that_does_not_answer_is_no_lost_champion(two_versions, monkeypatch):
+    promote(1)
+
+    def down(*_: object) -> None:
+        raise MlflowException("the store is down")
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.download_artifacts", down)
+    with pytest.raises(InputError, match=r"has no reports/evaluation\.json in its run"):
+        promote(2)
+    assert champion() == 1
 
 
 def test_scores_by_other_code_are_not_compared(two_versions, make_model, sources, again):
