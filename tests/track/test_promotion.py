@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from lyrics import io
 from lyrics.config import Promote
@@ -81,11 +82,15 @@ def test_a_promotion_that_was_interrupted_is_written_down_by_the_next(two_versio
 
 def test_a_store_that_does_not_answer_is_no_lost_champion(two_versions, monkeypatch):
     promote(1)
+    run_of_champion = server.connect().get_model_version("lyrics", "1").run_id
+    download = MlflowClient.download_artifacts
 
-    def down(*_: object) -> None:
-        raise MlflowException("the store is down")
+    def failing(client: MlflowClient, run_id: str, *rest: str) -> str:
+        if run_id == run_of_champion:
+            raise MlflowException("the store does not answer")
+        return download(client, run_id, *rest)
 
-    monkeypatch.setattr("mlflow.tracking.MlflowClient.download_artifacts", down)
+    monkeypatch.setattr(MlflowClient, "download_artifacts", failing)
     with pytest.raises(InputError, match=r"has no reports/evaluation\.json in its run"):
         promote(2)
     assert champion() == 1
