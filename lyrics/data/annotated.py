@@ -1,6 +1,7 @@
 """An annotated split: a folder with images/ and whichever public formats it has, read into records."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from lyrics.data import coco, llava, pope, refcoco, vqa
 from lyrics.data.records import Annotation, ImageRecord, Rejected, Sample
 from lyrics.errors import InputError
 
+log = logging.getLogger(__name__)
 _Reader = Callable[[Path], tuple[list[Sample], list[Rejected]]]
 
 
@@ -77,7 +79,11 @@ def read_split(folder: Path) -> Split:
         if image.captions
     ]
     other, set_aside = _read_tasks(folder, images)
-    return Split(images=images, samples=samples + other, rejected=rejected + set_aside)
+    rejected += set_aside
+    if rejected:
+        first = rejected[0]
+        log.warning("%d records of %s are not used, first %s: %s", len(rejected), folder, first.record, first.reason)
+    return Split(images=images, samples=samples + other, rejected=rejected)
 
 
 def _read_tasks(folder: Path, images: list[ImageRecord]) -> tuple[list[Sample], list[Rejected]]:
@@ -89,7 +95,7 @@ def _read_tasks(folder: Path, images: list[ImageRecord]) -> tuple[list[Sample], 
         "llava.json": llava.read,
     }
     ids = {image.image_id: image.image_id for image in images}
-    ids |= {Path(image.path).name: image.image_id for image in images}
+    ids |= {Path(image.path).relative_to(folder / "images").as_posix(): image.image_id for image in images}
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     for name, reader in readers.items():

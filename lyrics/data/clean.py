@@ -215,10 +215,11 @@ def _add_held_out(index: filters.DuplicateIndex, path: Path) -> dict[str, int]:
 
 
 def _held_out_pictures(splits: Iterable[str] = EVALUATED) -> Iterator[tuple[str, Image.Image]]:
-    names = [path for split in splits for path in sorted((RAW / split / "images").glob("*"))]
-    for path in tqdm(names, "clean: pictures of val and test"):
+    folders = [(split, RAW / split / "images") for split in splits]
+    found = [(split, folder, path) for split, folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    for split, folder, path in tqdm(found, "clean: pictures of val and test"):
         try:
-            yield f"{path.parent.parent.name}/{path.name}", files.decode(path)
+            yield f"{split}/{path.relative_to(folder).as_posix()}", files.decode(path)
         except files.BadImageError as error:
             raise InputError(f"{path} cannot be compared with the web: {error}; make it again with: ingest") from None
 

@@ -9,13 +9,25 @@ from typing import Any, TypeVar
 from pycocotools import mask as coco_mask
 
 from lyrics.data.files import MAX_PIXELS, is_safe_name
-from lyrics.data.records import Annotation, BadRecordError, Box, Rejected, brief, clipped, mapping, numbers, one_line
+from lyrics.data.records import (
+    Annotation,
+    BadRecordError,
+    Box,
+    Rejected,
+    brief,
+    clipped,
+    identifier,
+    mapping,
+    numbers,
+    one_line,
+)
 from lyrics.data.streams import elements
 from lyrics.errors import InputError
 
 ImageId = int | str
 ImageOf = Callable[[ImageId], dict[str, Any] | None]
 MAX_CATEGORIES = 100_000
+_RUN_BITS = 35  # in groups of five; no picture has a longer run
 _T = TypeVar("_T")
 
 
@@ -141,17 +153,22 @@ def each_object(
 
 
 def read_categories(path: Path) -> dict[ImageId, dict[str, Any]]:
-    """Categories by id, as they are listed.
+    """Categories by id: id, name on one line, supercategory where there is one.
 
     Raises:
         InputError: if one has no id or no name, or there are more than anybody would name.
     """
     categories: dict[ImageId, dict[str, Any]] = {}
-    for place, category in elements(path, "categories"):
-        name = category.get("name") if isinstance(category, dict) else None
-        if not isinstance(name, str) or not name.strip() or not isinstance(category.get("id"), int | str):
-            raise InputError(f"{path}: {place} needs an id and a name, found {str(category)[:80]}")
-        categories[category["id"]] = category
+    for place, value in elements(path, "categories"):
+        try:
+            category = mapping(value)
+            category_id = _id(category, "category")
+            known = {"id": category_id, "name": one_line(category.get("name"), "name")}
+            if category.get("supercategory"):
+                known["supercategory"] = one_line(category["supercategory"], "supercategory")
+        except BadRecordError as error:
+            raise InputError(f"{path}: {place} needs an id and a name: {error}") from None
+        categories[category_id] = known
         if len(categories) > MAX_CATEGORIES:
             raise InputError(f"{path} lists more than {MAX_CATEGORIES} categories; expected a list of kinds of objects")
     return categories
@@ -167,10 +184,16 @@ def _each(path: Path, key: str, one: Callable[[dict[str, Any]], _T]) -> Iterator
             yield place, error
 
 
+def _id(record: dict[str, Any], what: str) -> ImageId:
+    if not isinstance(record.get("id"), int | str):
+        raise BadRecordError(f"{what} without id: found {brief(record.get('id'))}")
+    identifier(record["id"])  # no endless one
+    return record["id"]
+
+
 def _image(record: dict[str, Any]) -> dict[str, Any]:
-    image_id, name, width, height = (record.get(key) for key in ("id", "file_name", "width", "height"))
-    if not isinstance(image_id, int | str):
-        raise BadRecordError(f"image without id: found {brief(image_id)}")
+    name, width, height = (record.get(key) for key in ("file_name", "width", "height"))
+    image_id = _id(record, "image")
     if not is_safe_name(name):
         raise BadRecordError(f"unsafe file name: {brief(name)} would leave the folder of images")
     if not isinstance(width, int) or not isinstance(height, int) or width <= 0 or height <= 0:
@@ -189,7 +212,7 @@ def _object(record: dict[str, Any], image_of: ImageOf, categories: dict[ImageId,
         raise BadRecordError(f"unknown category: {brief(category_id)}")
     return CocoObject(
         image_id=image["id"],
-        category=categories[category_id]["name"].strip(),
+        category=categories[category_id]["name"],
         box_xyxy=clip_box(record.get("bbox"), image["width"], image["height"]),
         rle=to_rle(record.get("segmentation"), image["width"], image["height"]),
         crowd=bool(record.get("iscrowd", 0)),
@@ -222,6 +245,8 @@ def to_rle(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
             limit = 2 * max(width, height)  # pycocotools walks every pixel of an edge, however far outside
             if not all(isinstance(v, int | float) and abs(v) <= limit for polygon in segmentation for v in polygon):
                 raise BadRecordError(f"bad mask: a polygon leaves its {width} x {height} image by far")
+            if sum(map(_edge_pixels, segmentation)) > width * height + limit:
+                raise BadRecordError(f"bad mask: more edge than a {width} x {height} image has pixels")
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         elif isinstance(segmentation, dict) and list(segmentation.get("size", ())) == [height, width]:
             counts = segmentation["counts"]
@@ -242,6 +267,13 @@ def to_rle(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
     return {"size": [height, width], "counts": rle["counts"].decode()}
 
 
+def _edge_pixels(polygon: list[float]) -> float:
+    """How many pixels its edges cross, about: what pycocotools needs memory for."""
+    xs, ys = polygon[0::2], polygon[1::2]
+    edges = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+    return sum(max(abs(x1 - x0), abs(y1 - y0)) for x0, y0, x1, y1 in edges)
+
+
 def _run_lengths(counts: str) -> list[int]:
     """What a compressed string stands for. Checked here because pycocotools reads beyond the end of a cut one.
 
@@ -256,6 +288,8 @@ def _run_lengths(counts: str) -> list[int]:
             raise ValueError("run lengths have a character that does not belong there")
         value |= (bits & 0x1F) << shift
         shift += 5
+        if shift > _RUN_BITS:
+            raise ValueError("a run length is endless")
         if bits & 0x20:
             continue
         if bits & 0x10:

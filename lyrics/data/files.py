@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a few kilobytes can claim gigabytes."""
@@ -17,7 +17,10 @@ MAX_IMAGE_BYTES = 64 << 20
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded, whatever the extension says. Others may start programs (EPS) or have decoders that few test."""
 _MOVING = ("PNG", "WEBP", "GIF", "AVIF")
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+_SUFFIXES = {
+    **{"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "AVIF": "avif"},
+    "MPO": "jpg",  # a phone's JPEG with a second picture behind it
+}
 _T = TypeVar("_T")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -52,7 +55,24 @@ def measure(content: bytes) -> tuple[str, int, int]:
     Raises:
         BadImageError: as `decode`.
     """
-    return _decoded(content, lambda image: (_SUFFIXES.get(str(image.format), "avif"), image.width, image.height))
+    return _decoded(content, lambda image: (_SUFFIXES[str(image.format)], image.width, image.height))
+
+
+def has_exif(content: bytes | Path) -> bool:
+    """
+    Raises:
+        BadImageError: as `decode`.
+    """
+    return _decoded(content, lambda image: bool(image.getexif()))
+
+
+def is_turned(content: bytes | Path) -> bool:
+    """Whether EXIF asks for another orientation than that of the stored pixels, which other readers follow.
+
+    Raises:
+        BadImageError: as `decode`.
+    """
+    return _decoded(content, lambda image: image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
 
 
 def is_animated(content: bytes) -> bool:

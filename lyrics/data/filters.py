@@ -30,7 +30,7 @@ _UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
 _BOILERPLATE = {
     name: re.compile(pattern, re.IGNORECASE)
     for name, pattern in {
-        "address": r"https?:|www\.|\b[\w-]+\.(?:com|net|org|info|html?|php)\b",
+        "address": r"https?:|www\.|(?<![\w-])[\w-]+\.(?:com|net|org|info|html?|php)\b",
         "file name": r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|pdf)\b"
         r"|^\W*(?:img|dscn?|pict?|picture|photo|image|screen ?shot|scan|file|figure)[\W_]*\d[\d\W_]*$",
         "placeholder": r"^\W*(?:untitled|thumbnail|loading|placeholder|no image|default|none|logo|banner|avatar)\W*$"
@@ -43,7 +43,7 @@ _BOILERPLATE = {
         r"|\b(?:shutterstock|getty ?images|alamy|istock(?:photo)?|dreamstime|depositphotos)\b",
         "rights": r"\bcopyright\b|©|\ball rights reserved\b",
         "by-line": r"^\W*(?:posted|published|uploaded) (?:by|on)\b",
-        "markup": r"<[a-z/!][^>]*>|&(?:amp|nbsp|quot|lt|gt|#\d+);|\{\{",
+        "markup": r"<[a-z/!][^<>]*>|&(?:amp|nbsp|quot|lt|gt|#\d+);|\{\{",
     }.items()
 }
 

@@ -143,7 +143,8 @@ def _fault(split: str, folder: Path, image: dict[str, Any], seen: _Seen) -> str 
     owner = seen.owner_of.setdefault(digest, split)
     if owner != split and (owner in EVALUATED or split in EVALUATED):
         return f"shared between splits: the same picture is in {owner}, so not in {split}"
-    return seen.held_out.fault(split, image["file_name"], picture)
+    seen.held_out.add(split, image["file_name"], picture)
+    return seen.held_out.fault(split, picture)
 
 
 def _common(rejected: list[Rejected]) -> str:
@@ -194,7 +195,7 @@ def _write_annotated(seed: int, split: str, source: _Source, folder: Path) -> di
     counts = {"images": len(ids), "captions": len(captions), "objects": len(annotations), "clipped_boxes": clipped}
     if split == "foundation":
         return counts
-    names = sorted({str(category["name"]).strip() for category in source.categories})
+    names = sorted({category["name"] for category in source.categories})
     asked = [
         (image_id, *question)
         for image_id in ids
@@ -214,9 +215,10 @@ def _write_annotated(seed: int, split: str, source: _Source, folder: Path) -> di
 
 def _annotation(item: coco.CocoObject) -> dict[str, Any]:
     x0, y0, x1, y1 = item.box_xyxy
-    known: dict[str, Any] = {
-        key: item.source[key] for key in ("category_id", "segmentation", "area") if key in item.source
-    }
+    keys = ("category_id", "segmentation", "area")
+    known: dict[str, Any] = {key: item.source[key] for key in keys if key in item.source}
+    if item.annotation().area is None:  # none, or no number
+        known.pop("area", None)
     return {**known, "image_id": item.image_id, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": int(item.crowd)}
 
 

@@ -18,13 +18,14 @@ class HeldOut:
     def __init__(self, max_bits: int | None) -> None:
         self._index = None if max_bits is None else DuplicateIndex(max_bits)
 
-    def fault(self, split: str, name: str, picture: Image.Image) -> str | None:
-        """Why a picture must not be in `split`; one of a split that measures is remembered."""
-        if self._index is None or split == CLEANED:
+    def add(self, split: str, name: str, picture: Image.Image) -> None:
+        """Remember a picture of a split that measures; of other splits nothing."""
+        if self._index is not None and split in EVALUATED:
+            self._index.add(f"{split}/{name}", perceptual_hash(picture))
+
+    def fault(self, split: str, picture: Image.Image) -> str | None:
+        """Why a picture must not be in `split`."""
+        if self._index is None or split == CLEANED or split in EVALUATED:
             return None
-        seen = perceptual_hash(picture)
-        if split in EVALUATED:
-            self._index.add(f"{split}/{name}", seen)
-            return None
-        original = self._index.find(seen)
+        original = self._index.find(perceptual_hash(picture))
         return None if original is None else f"leaked: the picture looks like {self._index.name(original)}"

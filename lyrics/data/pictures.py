@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from lyrics.data.disk_index import Index
 from lyrics.data.files import MAX_IMAGE_BYTES, BadImageError, decode, is_safe_name, measure, pixel_hash
 from lyrics.data.held_out import EVALUATED, HeldOut
@@ -39,7 +41,8 @@ def content_of(record: Record, images: Path | None) -> bytes:
 class Found:
     """The picture of a record: its size in pixels and, once a split has it, its file name there.
 
-    `content`, `suffix` and `digest` are what a split needs to take it in, and empty for one that has it.
+    `content`, `suffix`, `digest` and `picture` are what a split needs to take it in, and empty for one that has it or
+    has no room for it.
     """
 
     size: tuple[int, int]
@@ -47,6 +50,7 @@ class Found:
     content: bytes = b""
     suffix: str = ""
     digest: str = ""
+    picture: Image.Image | None = None
 
 
 class Pictures:
@@ -55,8 +59,11 @@ class Pictures:
     def __init__(self, held_out: HeldOut) -> None:
         self._index, self._held_out = Index(), held_out
 
-    def find(self, record: Record, images: Path | None, split: str) -> Found:
+    def find(self, record: Record, images: Path | None, split: str, *, full: bool = False) -> Found:
         """The picture that a record is about.
+
+        Args:
+            full: the split takes no further picture in, so that one it does not have need not be read again.
 
         Raises:
             BadRecordError: if it is missing or unusable, of another size than the record says, or in a split that
@@ -64,7 +71,7 @@ class Pictures:
         """
         known = self._index.get(*self._name(record, images, split))
         if known is None:
-            found = self._read(record, images, split)
+            found = self._read(record, images, split, full)
         else:
             file_name, width, height, reason = json.loads(known)
             if reason:
@@ -73,7 +80,7 @@ class Pictures:
         check_size(record, found.size)
         return found
 
-    def _read(self, record: Record, images: Path | None, split: str) -> Found:
+    def _read(self, record: Record, images: Path | None, split: str, full: bool) -> Found:
         try:
             content = content_of(record, images)
             suffix, width, height = measure(content)
@@ -82,17 +89,17 @@ class Pictures:
             owner = self._index.get("owner", digest) or split
             if owner != split and (owner in EVALUATED or split in EVALUATED):
                 raise BadRecordError(_shared(owner, split))
-            if fault := self._held_out.fault(split, record.images[0], picture):
+            if fault := self._held_out.fault(split, picture):
                 raise BadRecordError(fault)
         except (BadRecordError, BadImageError) as error:
             reason = f"unusable image: {error}" if isinstance(error, BadImageError) else str(error)
             self._index.add(*self._name(record, images, split), value=json.dumps(["", 0, 0, reason]))
             raise BadRecordError(reason) from None
-        here = self._index.get("content", split, digest)
-        if here is not None:  # the same picture under another name
+        here = self._index.get("content", split, digest) or ""
+        if here or full:  # the same picture under another name, or one that is left out
             self._index.add(*self._name(record, images, split), value=json.dumps([here, width, height, ""]))
             return Found(file_name=here, size=(width, height))
-        return Found(size=(width, height), content=content, suffix=suffix, digest=digest)
+        return Found(size=(width, height), content=content, suffix=suffix, digest=digest, picture=picture)
 
     def keep(self, found: Found, record: Record, images: Path | None, split: RawSplit, source: str) -> str:
         """Put a picture that was found into a split, unless it is there; its file name."""
@@ -104,10 +111,13 @@ class Pictures:
         self._index.add("content", split.split, found.digest, value=file_name)
         self._index.add("owner", found.digest, value=split.split)
         self._index.add("size", *found.size)
+        if found.picture is not None:
+            self._held_out.add(split.split, record.images[0], found.picture)
         return file_name
 
     def _name(self, record: Record, images: Path | None, split: str) -> tuple[object, ...]:
-        return "name", split, images or record.source, record.images[0]
+        place = "" if record.content is None else record.place  # a tar may hold a name twice
+        return "name", split, images or record.source, record.images[0], place
 
     def check_web(self, content: bytes) -> tuple[int, int] | None:
         """Width and height of a web pair's picture; None for what is no picture, which cleaning drops and counts.

@@ -148,14 +148,15 @@ def _write_annotated(
     """A picture is taken in with the first thing that can be learnt from it."""
     for files in sets:
         for record in _records(files, ledger):
+            full = split.pictures == limit
             try:
-                found = pictures.find(record, files.images, split.split)
+                found = pictures.find(record, files.images, split.split, full=full)
             except BadRecordError as error:
                 ledger.add(record.rejected(str(error)))
                 continue
             objects = record.objects(found.size, ledger.add)
             samples = _samples(record, found.size, pictures, split.split, ledger)
-            if not (objects or samples) or (not found.file_name and split.pictures == limit):
+            if not (objects or samples) or (full and not found.file_name):
                 continue
             file_name = pictures.keep(found, record, files.images, split, files.label)
             for item in objects:

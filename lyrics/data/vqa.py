@@ -25,17 +25,17 @@ from lyrics.data.streams import elements
 ANSWERS_PER_QUESTION = 10
 
 
-def write(folder: Path, asked: list[tuple[int, str, str, str]], split: str) -> int:
+def write(folder: Path, asked: list[tuple[int | str, str, str, str]], split: str) -> int:
     """Write (image id, kind, question, answer) tuples; ten equal answers each, `question_type` = kind.
 
     Returns:
         The number of questions.
     """
     questions, annotations = [], []
-    numbers: dict[int, int] = {}
+    numbers: dict[int | str, int] = {}
     for image_id, kind, question, answer in asked:
         number = numbers[image_id] = numbers.get(image_id, -1) + 1
-        question_id = image_id * 1000 + number
+        question_id = image_id * 1000 + number if isinstance(image_id, int) else f"{image_id}-{number}"
         questions.append({"image_id": image_id, "question": question, "question_id": question_id})
         annotations.append(
             {

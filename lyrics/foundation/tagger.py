@@ -86,7 +86,7 @@ def read_vocabulary(part: TaggerPart, raw: Path) -> dict[str, float | None]:
     own = raw / SPLIT.name / "instances.json"
     paths = [own] if own.exists() else sorted(raw.glob("*/instances.json"))
     documents = [read_instances(path) for path in paths]
-    names = sorted({str(category["name"]) for document in documents for category in document.categories} - {""})
+    names = sorted({category["name"] for document in documents for category in document.categories})
     if not names:
         raise InputError(
             f"There is no tag to give: no split in {raw} has categories in an instances.json; name a file with one tag "

@@ -230,3 +230,20 @@ def test_a_caption_is_ranked_among_the_others():
     np.testing.assert_allclose(filters.better_captions(images, texts), [1 / 3, 1 / 3, 0, 0])
     assert filters.better_captions(images[:1], texts[:1]).tolist() == [0]
     assert filters.mismatched(0.31, 0.3) and filters.mismatched(0.3, 0.3) is None
+
+
+@pytest.mark.parametrize("caption", ["a-" * 10_000, "<a" * 10_000])
+def test_the_longest_caption_is_judged_in_no_time(caption):
+    """Time grew with the square of a caption without spaces: 11 s for the first of these."""
+    started = time.process_time()
+    filters.boilerplate(caption)
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("MPO", "jpg"), ("AVIF", "avif"), ("JPEG", "jpg"), ("WEBP", "webp")])
+def test_a_picture_is_called_what_its_bytes_are(form, suffix):
+    """Phones hide a second picture in a JPEG; other readers know it as one."""
+    buffer = io.BytesIO()
+    one, other = Image.new("RGB", (40, 30)), Image.new("RGB", (20, 15))
+    one.save(buffer, form, **({"save_all": True, "append_images": [other]} if form == "MPO" else {}))
+    assert files.measure(buffer.getvalue()) == (suffix, 40, 30)

@@ -76,6 +76,7 @@ def test_run_length_strings_of_any_mask_are_accepted(mask):
         ({"size": [30, 40], "counts": [1400, -200]}, "do not add up"),
         ({"size": [30, 40], "counts": "PPPP"}, "bad mask"),
         ({"size": [30, 40], "counts": "é"}, "bad mask"),
+        ([[0, 0, *[80, 0, -80, 30] * 20]], "more edge than a 40 x 30 image has pixels"),
         ({"size": [30, 40]}, "bad mask"),
         ("polygon", "not a segmentation"),
     ],
@@ -107,3 +108,9 @@ def test_captions_of_real_photographs(shared):
     assert captions.rejected == []
     assert len(captions.images) == 50
     assert len(captions.texts) == 250
+
+
+def test_an_endless_run_length_is_refused_at_once():
+    """Each character adds to the same number; its product with the next took minutes."""
+    with pytest.raises(ValueError, match="endless"):
+        coco.to_rle({"size": [30, 40], "counts": "o" * 1_000_000}, 40, 30)

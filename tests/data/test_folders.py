@@ -268,3 +268,35 @@ def test_real_photographs(shared, ingest_folder):
 )
 def test_plurals(name, expected):
     assert folders.plural(name) == expected
+
+
+def test_text_ids_and_names_with_folders_are_good_names(tmp_path, make_split, ingest_folder):
+    documents = make_split(tmp_path / "in" / "val")
+    images = tmp_path / "in" / "val" / "images"
+    for letter, folder in (("a", "x"), ("b", "y")):  # one base name in two folders
+        (images / folder).mkdir()
+        (images / f"{letter}.jpg").rename(images / folder / "1.jpg")
+    for image, name in zip(documents.captions["images"], ("x/1.jpg", "y/1.jpg", "c.jpg"), strict=True):
+        image |= {"id": f"flickr_{image['id']}", "file_name": name}
+    for one in documents.captions["annotations"] + documents.instances["annotations"]:
+        one["image_id"] = f"flickr_{one['image_id']}"
+    documents.save()
+    raw = ingest_folder(tmp_path / "in", TEST)
+    found = read_split(raw / "test")
+    assert found.rejected == [] and rejected(raw) == {}
+    assert Counter(sample.task for sample in found.samples) == {"caption": 3, "vqa": 9, "pope": 18}
+    assert len({sample.sample_id for sample in found.samples}) == 30
+    assert {sample.image_id for sample in found.samples} == {"flickr_1", "flickr_2", "flickr_3"}
+
+
+def test_what_is_no_number_or_text_among_objects_does_not_stop_the_rest(tmp_path, make_split, ingest_folder):
+    documents = make_split(tmp_path / "in" / "train")
+    documents.instances["annotations"][0]["area"] = float("nan")
+    documents.instances["categories"][0] |= {"name": " dog\ud83d ", "keypoints": ["nose"]}
+    documents.save()
+    raw = ingest_folder(tmp_path / "in", {"instruct": "train"})
+    written = json.loads((raw / "instruct" / "instances.json").read_text())
+    assert [one.get("area") for one in written["annotations"]] == [None, 100, 100]
+    assert written["categories"][0] == {"id": 1, "name": "dog\ufffd"}
+    objects = [item for image in read_split(raw / "instruct").images for item in image.annotations]
+    assert {item.category for item in objects} == {"dog\ufffd"}

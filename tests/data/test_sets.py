@@ -1,16 +1,18 @@
 """Data sets of several formats together, from their files to what the pipeline reads."""
 
+import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_files import jpeg, save, save_lines, tar_of
 
 from lyrics.config import Data, FileSet
-from lyrics.data import ingest
+from lyrics.data import ingest, pictures
 from lyrics.data.annotated import read_split
 from lyrics.data.webdataset import read_pairs
 from lyrics.errors import InputError
@@ -268,3 +270,40 @@ def test_near_copies_of_held_out_pictures_are_not_trained_on(folder, ingested):
     raw = ingested({**entry, "path": train, "split": "instruct"}, {**entry, "path": test, "split": "test"})
     assert rejected(raw) == [("train.json", "line 1", "leaked: the picture looks like test/measured.jpg")]
     assert len(read_split(raw / "instruct").images) == len(read_split(raw / "test").images) == 1
+
+
+def test_a_picture_that_found_no_room_in_the_test_set_may_be_trained_on(folder, ingested, monkeypatch):
+    """And it is decoded once, however many questions ask about it."""
+    names = [draw(folder, name, seed) for seed, name in enumerate(("a.jpg", "b.jpg"))]
+    asked = [{"image": name, "text": "Is there a dog?", "label": "no"} for name in names]
+    asked += [{**asked[1], "text": f"Is there a cat {i}?"} for i in range(5)]
+    test = {"format": "pope", "path": save_lines(folder / "pope.json", asked), "images": "images", "split": "test"}
+    (folder / "captions.txt").write_text("b.jpg#0\ta picture\n")
+    trained = {"format": "flickr", "path": "captions.txt", "images": "images", "split": "instruct"}
+    decoded = []
+    real = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda content: decoded.append(content) or real(content))
+    raw = ingested(test, trained, max_images=1)
+    assert rejected(raw) == []
+    assert [image.captions for image in read_split(raw / "instruct").images] == [("a picture",)]
+    assert len(decoded) == 3
+
+
+def test_a_name_that_stands_twice_in_a_tar_is_two_pictures(folder, ingested):
+    members = []
+    for key, seed in (("0", 1), ("1", 2), ("0", 3)):  # as `tar --concatenate` leaves it
+        members += [(f"{key}.jpg", jpeg(seed)), (f"{key}.txt", b"is %d" % seed)]
+    tar_of(folder / "a.tar", *members)
+    raw = ingested({"format": "webdataset", "path": "a.tar", "split": "val"})
+    images = read_split(raw / "val").images
+    assert [image.captions for image in images] == [("is 1",), ("is 2",), ("is 3",)]
+    assert [Path(image.path).read_bytes() for image in images] == [jpeg(1), jpeg(2), jpeg(3)]
+
+
+def test_a_packed_tar_has_its_table_beside_it_too(folder, ingested):
+    tar_of(folder / "0.tar", ("a.jpg", jpeg(1)))
+    (folder / "0.tar.gz").write_bytes(gzip.compress((folder / "0.tar").read_bytes()))
+    (folder / "0.tar").unlink()
+    pq.write_table(pa.table({"key": ["a"], "caption": ["from the table"]}), folder / "0.parquet")
+    raw = ingested({"format": "webdataset", "path": "0.tar.gz", "split": "val"})
+    assert [image.captions for image in read_split(raw / "val").images] == [("from the table",)]

@@ -17,7 +17,7 @@ def each(tars: Sequence[Path]) -> Iterator[Record | Rejected]:
     The caption is that of the text, the metadata, or the table of the same name beside the tar, in this order.
     """
     for tar in tars:
-        with contextlib.closing(_Table(tar.with_suffix(".parquet"))) as table:
+        with contextlib.closing(_Table(_table_of(tar))) as table:
             last = 0
             try:
                 for item in webdataset.each(tar):
@@ -50,6 +50,11 @@ def _record(tar: Path, pair: webdataset.WebPair, table: "_Table") -> Record | Re
         source=str(tar),
         place=place,
     )
+
+
+def _table_of(tar: Path) -> Path:
+    """Of 00000.tar and 00000.tar.gz it is 00000.parquet."""
+    return tar.with_name(f"{tar.name.removesuffix('.gz').removesuffix('.tar')}.parquet")
 
 
 class _Table:
