@@ -166,3 +166,18 @@ def test_the_refiner_finds_a_picture_of_any_suffix(tmp_path, monkeypatch):
     write_tar(tmp_path / "data/clean/00000.tar", pairs)
     (source,) = read_sources()
     assert [webdataset.open_image(image.path).size for image in source.images] == [(8, 6)] * 3
+
+
+def test_many_tars_read_in_turn_are_walked_once_each(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i:05d}.tar" for i in range(70)]
+    for i, path in enumerate(paths):
+        pairs = [WebPair(key=f"{key}", image_bytes=bytes([i]), caption="c", meta={}) for key in ("a", "bcd", "é")]
+        write_tar(path, pairs)
+    opened = []
+    real = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    for key in ("a", "bcd", "é"):
+        assert [webdataset.image_bytes(f"{path}::{key}.jpg") for path in paths] == [bytes([i]) for i in range(70)]
+    assert len(opened) == 70
+    with pytest.raises(InputError, match=r"no member a\.jpg\.longer than any"):
+        webdataset.image_bytes(f"{paths[0]}::a.jpg.longer than any")
