@@ -1,6 +1,7 @@
 """Atomic writes and content hashes: what is under its final name is always whole."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -77,11 +78,21 @@ def link_or_copy(source: Path, destination: Path) -> None:
 
 
 def publish(finished: Path, destination: Path) -> None:
-    """Rename the folder `finished` into place; what stood there before is moved aside first, then removed."""
+    """Rename the folder `finished` into place; what stood there before is moved aside first, then removed.
+
+    Onto another file system (a mounted `data/`) it is copied, beside its place at first.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    aside = destination.with_name(f".{destination.name}.old")
+    aside, beside = (destination.with_name(f".{destination.name}.{end}") for end in ("old", "new"))
     shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        finished.replace(beside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(finished, beside)
     if destination.exists():
         destination.replace(aside)
-    finished.replace(destination)
+    beside.replace(destination)
     shutil.rmtree(aside, ignore_errors=True)
