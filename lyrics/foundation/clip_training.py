@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MAX_SCALE = 100.0
 _ZOOM, _SHIFT = 0.1, 0.08  # augmentation: at most, as fractions of the side
 _SHORT = 3  # words
+_OPEN_AT_ONCE = 64  # pictures in their own size
 _NOT_ADJECTIVES = frozenset(
     {"a", "an", "the", "of", "and", "with", "one", "two", "three", "four", "five", "some", "many"}
 )
@@ -80,7 +81,12 @@ def fit_clip(
     records = [image for image in read_split(split).images if image.captions]
     records, held_out = training.hold_out(records)
     scenes = [scene_of(image) for image in records]
-    pixels = preprocessing.to_uint8([open_image(image.path) for image in records])
+    pixels = torch.cat(
+        [
+            preprocessing.to_uint8([open_image(image.path) for image in records[start : start + _OPEN_AT_ONCE]])
+            for start in range(0, len(records), _OPEN_AT_ONCE)
+        ]
+    )
     with training.deterministic(seed, "clip"):
         model: Any = _new_model(part, tokenizer)
         model.to(device)
@@ -211,9 +217,10 @@ def quality_of(clip: Clip, held_out: Sequence[ImageRecord]) -> dict[str, float]:
         "recall_at_1": _recall(similarity_BB, [record.captions[0] for record in held_out]),
         "text_recall_at_1": float((similarity_BB.argmax(0) == torch.arange(len(held_out))).float().mean()),
         "similarity_matched": float(own.mean()),
-        "similarity_mismatched": float(others.mean()),
-        "matched_above_mismatched": float((own[:, None] > others[None]).float().mean()),
     }
+    if len(others):  # of one picture there is no other
+        result["similarity_mismatched"] = float(others.mean())
+        result["matched_above_mismatched"] = float((own[:, None] > others[None]).float().mean())
     scenes = [scene_of(record) for record in held_out]
     regions = torch.cat(clip.encode_regions(images, [np.array([a.box_xyxy for a in r.annotations]) for r in held_out]))
     named = [box_names for scene in scenes for box_names in scene.names]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lyrics import seeding
 from lyrics.config import Config, DetectorPart
 from lyrics.data.annotated import read_split
+from lyrics.data.files import decode, is_turned
 from lyrics.data.records import ImageRecord
 from lyrics.errors import InputError
 from lyrics.foundation import region_training, training, yolo
@@ -33,6 +34,7 @@ from lyrics.stage import Tracker
 SETTINGS, YOLO, REGIONS = "detector.json", "yolo.safetensors", "regions.safetensors"
 _MAP_LAYERS = (0, 2, 10)  # of yolo_small: strides 2 (colours), 4 (edges) and 8 (shapes)
 _MAX_BOXES = 100
+_READ_AS_STORED = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,11 +236,11 @@ def _fit_yolo(
 
 
 def write_layout(records: Sequence[ImageRecord], images: Path, labels: Path) -> None:
-    """Copies, since ultralytics mends in place what it thinks is a broken JPEG."""
+    """Pictures and boxes as ultralytics reads them."""
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
     for index, record in enumerate(records):
-        shutil.copyfile(record.path, images / f"{index:07d}{Path(record.path).suffix}")
+        _lay_out(Path(record.path), images / f"{index:07d}")
         lines = []
         for annotation in record.annotations:
             x0, y0, x1, y1 = annotation.box_xyxy
@@ -247,3 +249,14 @@ def write_layout(records: Sequence[ImageRecord], images: Path, labels: Path) -> 
                 "0 " + " ".join(f"{v:.6f}" for v in (*center, (x1 - x0) / record.width, (y1 - y0) / record.height))
             )
         (labels / f"{index:07d}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def _lay_out(picture: Path, stem: Path) -> None:
+    """A copy, since ultralytics mends in place what it thinks is a broken JPEG.
+
+    It turns pictures by their EXIF orientation, which boxes ignore, and passes over some formats: those become PNG.
+    """
+    if picture.suffix in _READ_AS_STORED and not is_turned(picture):
+        shutil.copyfile(picture, stem.with_suffix(picture.suffix))
+    else:
+        decode(picture).save(stem.with_suffix(".png"))

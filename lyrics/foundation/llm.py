@@ -1,6 +1,7 @@
 """The language model: a small Llama fitted on text, or SmolLM2 out of a wheel, or any causal model of the hub."""
 
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ _IGNORED = -100
 _CONTEXT_WEIGHT = 0.1  # what the context says is mostly chance; an answer can be looked up
 _HELD_OUT_DOCUMENTS = 400
 _BUCKET_BATCHES = 32
+_MAX_TOKENS = 1024
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Document:
 
     ids: list[int]
     answers: tuple[tuple[int, int, str], ...]
+
+    def cut(self, tokens: int) -> "Document":
+        """Its first tokens, with the answers that end within them."""
+        return Document(self.ids[:tokens], tuple(answer for answer in self.answers if answer[1] <= tokens))
 
 
 def fit(config: Config, work: Path, tracker: Tracker) -> Made:
@@ -160,7 +167,7 @@ def add_text_ends(tokenizer_folder: Path) -> "PreTrainedTokenizerFast":
 
 def _corpus() -> list[str]:
     path = SPLIT / "corpus.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in path.read_text().split("\n") if line.strip()] if path.exists() else []
     if not lines:
         raise InputError(
             f"{path} is missing or empty, and foundation.llm.source is fitted; give the foundation split a corpus.txt "
@@ -231,6 +238,9 @@ def fit_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     documents = [read_document(line, tokenizer) for line in lines]
+    if long := sum(len(document.ids) > _MAX_TOKENS for document in documents):
+        log.warning("%d of %d documents are cut to their first %d tokens", long, len(documents), _MAX_TOKENS)
+    documents = [document.cut(_MAX_TOKENS) for document in documents]
     documents, held_out = training.hold_out(documents, _HELD_OUT_DOCUMENTS)
     with training.deterministic(seed, "llm"):
         model: Any = LlamaForCausalLM(
@@ -241,7 +251,7 @@ def fit_llama(
                 num_hidden_layers=part.layers,
                 num_attention_heads=part.heads,
                 num_key_value_heads=part.heads,
-                max_position_embeddings=1024,
+                max_position_embeddings=_MAX_TOKENS,
                 tie_word_embeddings=True,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from small_scenes import SIDE, TAGS, HashClip, write_scenes
 
 from lyrics.config import DetectorPart
+from lyrics.data.records import ImageRecord
 from lyrics.errors import InputError
-from lyrics.foundation import detector, manifest, quality, regions
+from lyrics.foundation import detector, manifest, quality, regions, yolo
 from lyrics.io import sha256_tree
 from lyrics.stage import NullTracker
 
@@ -135,3 +136,22 @@ def test_copies_leave_the_raw_pictures_alone(tmp_path):
     x0, _, x1, _ = records[0].annotations[0].box_xyxy
     assert len(first) == 2
     assert float(first[0].split()[1]) == pytest.approx((x0 + x1) / 2 / SIDE, abs=1e-6)
+
+
+def test_boxes_refer_to_the_stored_pixels_that_ultralytics_reads_too(tmp_path):
+    """It turns a picture by its EXIF orientation, and passes over a GIF."""
+    yolo.load_ultralytics()
+    from ultralytics.utils.patches import imread
+
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=turned)
+    Image.new("RGB", (40, 20)).save(tmp_path / "b.gif")
+    Image.new("RGB", (40, 20)).save(tmp_path / "c.jpg")
+    paths = [tmp_path / name for name in ("a.jpg", "b.gif", "c.jpg")]
+    records = [ImageRecord(image_id=path.name, path=str(path), width=40, height=20) for path in paths]
+    detector.write_layout(records, tmp_path / "images", tmp_path / "labels")
+    written = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in written] == ["0000000.png", "0000001.png", "0000002.jpg"]
+    assert [imread(str(path)).shape[:2] for path in written] == [(20, 40)] * 3
+    assert written[2].read_bytes() == (tmp_path / "c.jpg").read_bytes()

@@ -61,7 +61,7 @@ def test_without_its_weights_a_part_of_paper_stops_with_that_sentence(part, monk
         raise OSError("cannot reach it")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    config = schema.parse(compose.preview(["preset=paper"], ROOT / "params/run.yaml"))
+    config = schema.parse(compose.preview(["~overrides", "preset=paper"], ROOT / "params/run.yaml"))
     (tmp_path / "out").mkdir()
     name = getattr(config.foundation, part).name
     with pytest.raises(InputError, match=f"where there is a network run: hf download {name} --revision [0-9a-f]{{40}}"):

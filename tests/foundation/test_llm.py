@@ -86,3 +86,11 @@ def test_pad_is_made_to_differ_from_the_end(tmp_path):
     made.pad_token = made.eos_token
     assert llm.with_own_pad(made).pad_token_id not in (made.eos_token_id, made.bos_token_id)
     assert isinstance(made.backend_tokenizer, Tokenizer)
+
+
+def test_a_document_longer_than_the_model_reads_is_cut(tmp_path):
+    document = llm.read_document(TEXT, tokenizer(tmp_path))
+    first, second = document.answers
+    assert document.cut(len(document.ids)) == document
+    short = document.cut(second[1] - 1)  # within the second answer
+    assert short.ids == document.ids[: second[1] - 1] and short.answers == (first,)
