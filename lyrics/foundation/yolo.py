@@ -57,7 +57,9 @@ def load_ultralytics() -> ModuleType:
     )
     with kept_threads():
         import ultralytics
+        from ultralytics.nn import tasks
         from ultralytics.utils import USER_CONFIG_DIR
+    tasks.SAFE_LOAD = True  # where it was imported before, the variable came too late
     if omp_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
     # It puts its own in place: the latter fails for want of a HEIF reader wherever a picture is broken.

@@ -201,8 +201,15 @@ def test_a_listed_file_that_is_damaged_is_one_sentence(tmp_path, content):
         detector_file.fit(part(path, sha256=sha256_file(path)), tmp_path)
 
 
-def test_a_description_is_not_evaluated_as_code(tmp_path):
-    """The description of a converted model is text on disk; ultralytics would evaluate its activation."""
+def test_a_description_is_not_evaluated_as_code(tmp_path, monkeypatch):
+    """The description of a converted model is text on disk; ultralytics would evaluate its activation.
+
+    Also in a program that has imported ultralytics before.
+    """
+    yolo.load_ultralytics()
+    from ultralytics.nn import tasks
+
+    monkeypatch.setattr(tasks, "SAFE_LOAD", False)
     marker = tmp_path / "ran"
     hostile = {"activation": f"open({str(marker)!r}, 'w')", "nc": 3}
     hostile |= {"backbone": [[-1, 1, "Conv", [16, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]]}
