@@ -6,6 +6,7 @@ SPLIT/            images/, captions.json, instances.json and, where the source h
 summary.json      counts;  rejected.parquet: what was set aside, and why;  web_truth.parquet: for scoring only
 """
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -99,7 +100,7 @@ def _write_annotated(config: "Config", split: str, folder: Path) -> dict[str, in
     drawn = []
     for picture in tqdm(datasets.pictures(config.seed, split, world), f"ingest {split}", total):
         (images_folder / picture.file_name).write_bytes(picture.jpeg)
-        drawn.append(picture)
+        drawn.append(dataclasses.replace(picture, jpeg=b""))  # all at once would not fit
     side = world.image_size_px
     images = [{"id": p.image_id, "file_name": p.file_name, "width": side, "height": side} for p in drawn]
     captions = [(p.image_id, text) for p in drawn for text in p.captions]

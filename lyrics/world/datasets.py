@@ -122,12 +122,13 @@ def corpus_lines(seed: int, world: World) -> Iterator[str]:
 
 def web_items(seed: int, world: World) -> Iterator[WebItem]:
     """The web pairs in file order, dirty at the configured rates (rounded to whole pairs)."""
-    kinds_of_dirt = _assign_dirt(seed, world)
-    for index, kind in enumerate(kinds_of_dirt):
+    clean: list[int] = []
+    for index, kind in enumerate(_assign_dirt(seed, world)):
         generator = seeding.rng(seed, "web", index)
         scene = scene_of(seed, "web", index, world)
-        if kind == "duplicate":
-            clean = [i for i in range(index) if kinds_of_dirt[i] == "clean"]
+        if kind == "clean":
+            clean.append(index)
+        elif kind == "duplicate":
             scene = scene_of(seed, "web", clean[int(generator.integers(len(clean)))], world)
         image = scenes.render(scene)
         caption = language.captions(scene, generator, 1)[0]
