@@ -7,17 +7,22 @@ POST /invocations {"dataframe_records": [{"image": "<base64>", "prompt": "What c
 import base64
 import binascii
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlflow
 import pandas as pd
+from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc import PythonModel
 from PIL import Image
 
+log = logging.getLogger(__name__)
 MAX_ROWS = 32
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_PROMPT_CHARACTERS = 2000
@@ -45,8 +50,33 @@ class ServedLyrics(PythonModel):
             (image_bytes(image, row), check_prompt(prompt, row))
             for row, (image, prompt) in enumerate(zip(model_input["image"], model_input["prompt"], strict=True))
         ]
-        with self.lock:  # decoded only here: a small file may be a picture of hundreds of megabytes
-            return [self.model.answer(decode_image(content, row), prompt) for row, (content, prompt) in enumerate(rows)]
+        given_up = time.monotonic() + MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
+        with self.lock:
+            return [self._answer(content, prompt, row, given_up) for row, (content, prompt) in enumerate(rows)]
+
+    def _answer(self, content: bytes, prompt: str, row: int, given_up: float) -> str:
+        """The picture is decoded only here: a small file may be one of hundreds of megabytes.
+
+        Raises:
+            MlflowException: HTTP 400 for what cannot be read, 500 where the model fails, 503 once the server has told
+                the caller that it took too long: the next request waits for the lock.
+        """
+        if time.monotonic() > given_up:
+            name = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.name
+            raise MlflowException(
+                f"row {row} was not reached in the time of a request; send fewer rows, or start the server with a "
+                f"greater {name}",
+                error_code=TEMPORARILY_UNAVAILABLE,
+            )
+        try:
+            return self.model.answer(decode_image(content, row), prompt)
+        except MlflowException:
+            raise
+        except Exception:  # MLflow would take it for the caller's fault, and send the traceback
+            log.exception("row %d was not answered", row)
+            raise MlflowException(
+                f"row {row}: the model failed; the server's log says why", error_code=INTERNAL_ERROR
+            ) from None
 
 
 def image_bytes(encoded: str, row: int = 0) -> bytes:

@@ -149,7 +149,7 @@ class PromptTemplate:
             text = asked[len(told) :]
             for part in self.parts(text, first, beside) if turn == 0 else [text]:
                 if isinstance(part, str):
-                    words = self._ids(part)
+                    words = self._ids(part).tolist()
                     ids += words
                     queries += [WORD] * len(words)
                 else:
@@ -181,7 +181,7 @@ class PromptTemplate:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with the end token: the span that carries the loss."""
-        return [*self._ids(text), self.end]
+        return [*self._ids(text).tolist(), self.end]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
@@ -234,8 +234,10 @@ class PromptTemplate:
             )
         return before + added[: added.index(said) + len(said)]
 
-    def _tokenized(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
+    def _tokenized(self, text: str) -> np.ndarray:
+        """In an array, as `TextTokenizer` keeps them."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        return np.array(ids, dtype=np.int32)
 
 
 def _place(text: int | str) -> str:

@@ -95,6 +95,36 @@ def test_a_bad_row_is_named_and_too_many_are_refused(served):
         served(*[[encoded(), "What?"]] * 33)
 
 
+def test_a_fault_of_the_model_is_not_the_callers(served, monkeypatch, caplog):
+    """MLflow would answer with 400 and the traceback."""
+
+    def fail(content: bytes, row: int) -> Image.Image:
+        raise RuntimeError("out of memory at /secret/path")
+
+    monkeypatch.setattr(serving, "decode_image", fail)
+    with pytest.raises(MlflowException, match="row 0: the model failed") as caught:
+        served([encoded(), "What?"])
+    assert caught.value.get_http_status_code() == 500
+    assert "secret" not in caught.value.serialize_as_json() and "secret" in caplog.text
+
+
+def test_rows_that_nobody_waits_for_any_more_are_not_answered(served, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(serving.time, "monotonic", lambda: now[0])
+    decode = serving.decode_image
+
+    def slow(content: bytes, row: int) -> Image.Image:
+        now[0] += 40
+        return decode(content, row)
+
+    monkeypatch.setattr(serving, "decode_image", slow)
+    monkeypatch.setenv("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", "60")
+    with pytest.raises(MlflowException, match="row 2 was not reached") as caught:
+        served(*[[encoded(), "What?"]] * 3)
+    assert caught.value.get_http_status_code() == 503
+    assert len(served([encoded(), "What?"])) == 1  # the lock is free
+
+
 def post(port: int, body: object, kind: str = "application/json") -> tuple[int, str]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", data, {"Content-Type": kind})
