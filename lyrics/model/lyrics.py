@@ -3,6 +3,7 @@
 Shapes: B batch, Q queries, T text tokens, R rows of S positions, M answer tokens, D MQ-Former width, E language width.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -203,7 +204,8 @@ class LyricsModel(nn.Module):
         """Answers to the last question of each sample.
 
         Args:
-            spatial_texts: replaces what the language model reads of the objects.
+            spatial_texts: replaces what the language model reads of the objects, or MQ-Former where that alone reads
+                them.
             said: the answers to the questions before the last, where `instructions` are dialogues.
             memory: what `look` gave for `seen`; None looks now.
             read: of one sample whose dialogue goes on; only what is new in it is read, and `read` grows. No beams.
@@ -211,6 +213,9 @@ class LyricsModel(nn.Module):
         told = [s.told if spatial_texts is None else None for s in seen]
         if spatial_texts is None:
             spatial_texts = [s.spatial_text for s in seen]
+        elif not self.spatial_text_in_llm:
+            pairs = zip(seen, spatial_texts, strict=True)
+            seen = [dataclasses.replace(s, spatial_text=text, told=None) for s, text in pairs]
         tokens_BQE = self.query_tokens(instructions, seen, memory)
         said = [()] * len(seen) if said is None else said
         rows = zip(instructions, said, spatial_texts, told, strict=True)

@@ -263,6 +263,18 @@ def test_the_picture_and_the_replaced_spatial_text_both_matter(model: LyricsMode
     assert loss(PICTURES[0], PICTURES[2].spatial_text) != pytest.approx(own, abs=1e-6)
 
 
+@pytest.mark.parametrize("in_llm", [True, False])
+def test_a_replaced_spatial_text_is_what_is_read_of_the_objects(model: LyricsModel, in_llm: bool) -> None:
+    """Where MQ-Former alone reads it, it must not go on reading the other picture's."""
+    model.spatial_text_in_llm = in_llm
+    read: list[str] = []
+    original = model.text_tokenizer.ids
+    model.text_tokenizer.ids = lambda text: read.append(text) or original(text)  # type: ignore[method-assign]
+    own, other = PICTURES[0].spatial_text, PICTURES[2].spatial_text
+    model.generate(QUESTIONS[:1], PICTURES[2:3], spatial_texts=[own], max_new_tokens=1)
+    assert (own in read, other in read) == ((False, True) if in_llm else (True, False))
+
+
 def test_gradients_reach_queries_and_local_tokens() -> None:
     model = small_model()
     model(QUESTIONS, [seen(2, 0), seen(1, 1), seen(3, 2)], ANSWERS, [""] * 3).backward()
