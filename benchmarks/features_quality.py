@@ -56,10 +56,10 @@ class Changed:
 
 def errors(settings: schema.Config, splits: Sequence[str]) -> dict[FeatureDtype, Errors]:
     """Relative errors of rounding what the frozen parts see in some pictures, by array."""
-    device = pick_device(settings.device)
+    device, parts = pick_device(settings.device), settings.foundation
     frozen = Frozen(
         encoder=load_image_encoder(FOUNDATION / "clip").to(device),
-        refiner=load_refiner(FOUNDATION, settings.refine, settings.foundation, device),
+        refiner=load_refiner(FOUNDATION, settings.refine, parts.tagger, parts.detector, device),
         device=device,
     )
     records = [record for name in splits for record in read_split(RAW / name).images][:PICTURES]

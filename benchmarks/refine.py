@@ -91,7 +91,7 @@ def boxes_and_masks(settings: schema.Config) -> Program:
 def all_of_refine(settings: schema.Config) -> Program:
     """Image tokens, tags, boxes, masks, merging, spatial text, local features."""
     encoder = load_image_encoder(FOUNDATION / "clip")
-    refiner = load_refiner(FOUNDATION, settings.refine, settings.foundation)
+    refiner = load_refiner(FOUNDATION, settings.refine, settings.foundation.tagger, settings.foundation.detector)
 
     @torch.inference_mode()
     def run(paths: Sequence[Path]) -> Boxes:

@@ -41,7 +41,8 @@ def refiners(settings: schema.Config, max_objects: int) -> dict[str, Refiner]:
         score_threshold=0.0,
         nms_iou=None,
     )
-    return {"models/foundation": load_refiner(FOUNDATION, refine, settings.foundation), "annotations": oracle}
+    parts = settings.foundation
+    return {"models/foundation": load_refiner(FOUNDATION, refine, parts.tagger, parts.detector), "annotations": oracle}
 
 
 def figures(refiner: Refiner, records: Sequence[ImageRecord]) -> dict[str, float | None]:

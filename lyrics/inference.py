@@ -94,7 +94,7 @@ class Lyrics:
                 f"{label} was trained by other code than this: its settings do not fit ({why:.300}); check out the "
                 "commit it was made from (tag git_commit of its version), or train again with: make run"
             ) from error
-        refiner = load_refiner(Path(foundation), refine, parts, chosen)
+        refiner = load_refiner(Path(foundation), refine, parts.tagger, parts.detector, chosen)
         return cls(
             model=model.to(chosen),
             encoder=load_image_encoder(Path(foundation) / "clip").to(chosen),

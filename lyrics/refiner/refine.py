@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lyrics import engine, io
-from lyrics.config import Foundation, Refine
+from lyrics.config import DetectorPart, Refine, TaggerPart
 from lyrics.data.records import Annotation, ImageRecord
 from lyrics.model.vision import ImageEncoder, load_image_encoder
 from lyrics.refiner import features, quality, shard_files, shards
@@ -51,7 +51,9 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     splits = shards.plan(read_sources, work, config.refine.images_per_shard)
     for split in splits:
         shards.forget_attempts(split)
-    load = functools.partial(load_worker, FOUNDATION, config.refine, config.foundation, config.device)
+    load = functools.partial(
+        load_worker, FOUNDATION, config.refine, config.foundation.tagger, config.foundation.detector, config.device
+    )
     every = [shard for split in splits for shard in split.shards]
     engine.run_shards(config.engine, load, every, done=_is_done, name="refine", tracker=tracker)
     out = work / "out"
@@ -76,12 +78,14 @@ def run(config: "Config", work: Path, tracker: "Tracker") -> None:
     tracker.log_artifact(out / "summary.json")
 
 
-def load_worker(foundation: Path, settings: Refine, parts: Foundation, device: str) -> Callable[[Shard], int]:
+def load_worker(
+    foundation: Path, settings: Refine, tagger: TaggerPart, detector: DetectorPart, device: str
+) -> Callable[[Shard], int]:
     """What each worker of an engine begins with: the frozen parts, in a function that does one shard."""
     chosen = _device(device)
     frozen = Frozen(
         encoder=load_image_encoder(foundation / "clip").to(chosen),
-        refiner=load_refiner(foundation, settings, parts, chosen),
+        refiner=load_refiner(foundation, settings, tagger, detector, chosen),
         device=chosen,
     )
     return functools.partial(do_shard, frozen)

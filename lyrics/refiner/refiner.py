@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lyrics.config import Foundation, Refine
+from lyrics.config import DetectorPart, Refine, TaggerPart
 from lyrics.refiner.detection import Annotations, Detector, load_detector
 from lyrics.refiner.merge import merge
 from lyrics.refiner.segmentation import Segmenter, load_segmenter
@@ -86,18 +86,24 @@ class Refiner:
         return refined
 
 
-def load_refiner(foundation: Path, settings: Refine, parts: Foundation, device: str | torch.device = "cpu") -> Refiner:
-    """The refiner made of the parts that lie in `foundation`.
+def load_refiner(
+    foundation: Path,
+    settings: Refine,
+    tagger: TaggerPart,
+    detector: DetectorPart,
+    device: str | torch.device = "cpu",
+) -> Refiner:
+    """The refiner made of the parts that lie in `foundation`, with the thresholds of `tagger` and `detector`.
 
     Raises:
         InputError: a part is missing.
     """
-    oracle = parts.detector.source == "annotations"
+    oracle = detector.source == "annotations"
     return Refiner(
-        tagger=load_tagger(foundation, parts.tagger, device),
-        detector=load_detector(foundation, parts.detector, device),
-        segmenter=load_segmenter(foundation, parts.segmenter, device),
+        tagger=load_tagger(foundation, tagger, device),
+        detector=load_detector(foundation, detector, device),
+        segmenter=load_segmenter(foundation, device),
         settings=settings,
-        score_threshold=parts.detector.score_threshold,
-        nms_iou=None if oracle else parts.detector.nms_iou,
+        score_threshold=detector.score_threshold,
+        nms_iou=None if oracle else detector.nms_iou,
     )

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision import ops
 
-from lyrics.config import SegmenterPart
 from lyrics.data.records import Annotation
 from lyrics.foundation import manifest, masks, sam, segmenter
 from lyrics.model.pictures import once
@@ -50,7 +49,7 @@ class Segmenter(Protocol):
     ) -> list[Segments]: ...
 
 
-def load_segmenter(foundation: Path, config: SegmenterPart, device: str | torch.device = "cpu") -> Segmenter:
+def load_segmenter(foundation: Path, device: str | torch.device = "cpu") -> Segmenter:
     """The segmenter that lies in `foundation / "segmenter"`.
 
     Raises:

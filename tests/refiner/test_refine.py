@@ -80,12 +80,15 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+NO_PARTS = SimpleNamespace(tagger=None, detector=None)
+
+
 def run(work, monkeypatch, encoder=None, refiner=None):
     encoder, refiner = encoder or FakeEncoder(), refiner or fake_refiner()
     monkeypatch.setattr(refine, "load_image_encoder", lambda folder: encoder)
     monkeypatch.setattr(refine, "load_refiner", lambda *_: refiner)
     work.mkdir(parents=True, exist_ok=True)
-    config = SimpleNamespace(refine=refiner.settings, foundation=None, device="cpu", engine=ONE_WORKER)
+    config = SimpleNamespace(refine=refiner.settings, foundation=NO_PARTS, device="cpu", engine=ONE_WORKER)
     refine.run(config, work, NullTracker())
     return work / "out"
 

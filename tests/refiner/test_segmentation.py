@@ -24,7 +24,7 @@ def part(tmp_path, source):
 def oracle(monkeypatch, tmp_path):
     monkeypatch.setattr("lyrics.model.vision.load_image_encoder", quarter_encoder)
     part(tmp_path, "annotations")
-    return segmentation.load_segmenter(tmp_path, None)
+    return segmentation.load_segmenter(tmp_path)
 
 
 def test_the_oracle_finds_the_mask_that_a_box_belongs_to(oracle):
@@ -108,7 +108,7 @@ def published(tmp_path):
         mask_pad_size={"height": 16, "width": 16},
     ).save_pretrained(folder)
     manifest.write(folder, "segmenter", manifest.Made(source="hub", name="random", parameters=0))
-    return segmentation.load_segmenter(tmp_path, None)
+    return segmentation.load_segmenter(tmp_path)
 
 
 def test_published_weights_segment_boxes_of_any_picture(published):
