@@ -32,7 +32,7 @@ RUN = ROOT / "params/run.yaml"
 
 
 def config_of(preset: str, *settings: str) -> Config:
-    return schema.parse(compose.preview([f"preset={preset}", *settings], RUN))
+    return schema.parse(compose.preview(["~overrides", f"preset={preset}", "data=world", *settings], RUN))
 
 
 def assumed(preset: str) -> Assumptions:
@@ -349,7 +349,7 @@ def test_the_readme_shows_what_the_command_prints() -> None:
     readme = (ROOT / "README.md").read_text()
     shown = re.search(r"^```text\n(preset paper,.*?)```$", readme, re.MULTILINE | re.DOTALL)
     assert shown is not None
-    assert shown[1].strip() == report.text(report.plan(["preset=paper"], run=RUN)).strip()
+    assert shown[1].strip() == report.text(report.plan(["~overrides", "preset=paper"], run=RUN)).strip()
 
 
 def test_products_in_bf16_are_measured_on_less_where_they_are_a_loop(monkeypatch):
@@ -358,3 +358,31 @@ def test_products_in_bf16_are_measured_on_less_where_they_are_a_loop(monkeypatch
         monkeypatch.setattr(measure, "has_native_bf16", lambda _, native=native: native)
         assert measure._product_tflops(torch.bfloat16, torch.device("cpu")) == 2 * side**3 / 1e12
         assert measure._product_tflops(torch.float32, torch.device("cpu")) == 2 * 2048**3 / 1e12
+
+
+def test_auto_is_the_precision_of_the_planned_hardware_not_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr("lyrics.numerics.has_native_bf16", lambda _, native=native: native)
+        config = small("stage1.precision=auto")
+        cost = memory.meter("stage1", config, assumed("tiny"), hardware("h100"))
+        found.append((cost.activations_per_sample, cost.seconds(hardware("h100"))))
+    fp32 = memory.meter("stage1", small(), assumed("tiny"), hardware("h100"))
+    assert found[0] == found[1] and found[0][0] < fp32.activations_per_sample
+    slow = dataclasses.replace(hardware("cpu-2"), bf16_tflops=0.01)
+    assert (slow.precision("auto"), hardware("cpu-2").precision("auto")) == ("fp32", "bf16")
+
+
+def test_annotated_pictures_are_refined_and_kept_checkpoints_stored() -> None:
+    def rows(*settings: str, pairs: int | None = None) -> dict[str, float]:
+        config, built = small(*settings), parts.build(small(*settings), assumed("tiny"))
+        stages = {"pretrain": memory.meter("stage1", config, assumed("tiny"), hardware("cpu-2"))}
+        of_pictures = storage.pictures_of(config, assumed("tiny"), pairs)
+        return {row.name: row.size_bytes for row in storage.rows(config, assumed("tiny"), built, stages, *of_pictures)}
+
+    each = storage.picture_bytes(small(), parts.build(small(), assumed("tiny")))
+    scenes = small().world.scenes
+    every = scenes.web + scenes.instruct + scenes.val + scenes.test + scenes.test_ood
+    assert rows()["cached features"] == each * every and rows(pairs=10)["cached features"] == each * 10
+    four, two = rows("stage1.checkpoints_kept=4"), rows("stage1.checkpoints_kept=2")
+    assert four["checkpoints and models"] == 2 * two["checkpoints and models"]

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from lyrics.config import PARAMS, Amount, Count, Fraction, Positive
 from lyrics.errors import InputError
+from lyrics.numerics import Precision
 
 GIB = 2**30
 _FORBID = ConfigDict(extra="forbid")
@@ -38,13 +39,20 @@ class Hardware:
     disk_gib: Positive
     source: str
 
+    def precision(self, chosen: Precision) -> Precision:
+        """What `auto` is on it: bf16 where its products are faster."""
+        if chosen != "auto":
+            return chosen
+        return "bf16" if self.bf16_tflops > self.fp32_tflops else "fp32"
+
 
 @dataclass(frozen=True, kw_only=True, config=_FORBID)
 class Assumptions:
     """What a preset's data looks like, before there is any: the longest of a batch, since that is what is computed.
 
-    `pairs` None: the scenes of params/world. `objects`: in the picture of a batch that has most. Tokens are those of
-    MQ-Former's tokenizer, but `object_tokens_llm` and `prompt_tokens` (the chat template) of the language model's.
+    `pairs` None: the scenes of params/world, with those of the annotated splits. `objects`: in the picture of a batch
+    that has most. Tokens are those of MQ-Former's tokenizer, but `object_tokens_llm` and `prompt_tokens` (the chat
+    template) of the language model's.
     `pair_tokens`: of a caption and a spatial text in a row, the mean of the parts in which matching pads them.
     `packed_share`: rows that a batch of stage 2 takes when it is packed, of those that it takes unpacked.
     `detector_*`: of a detector that is a file of the user's, which the plan cannot build.

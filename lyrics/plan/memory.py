@@ -70,6 +70,8 @@ class Use:
 def meter(stage: str, config: Config, assumed: Assumptions, hardware: Hardware) -> StageCost:
     """Run a micro-batch of each kind of step on tensors without data, as one of the devices gets it."""
     settings = getattr(config, stage)
+    settings = dataclasses.replace(settings, precision=hardware.precision(settings.precision))
+    config = dataclasses.replace(config, **{stage: settings})
     ranks, accumulate = min(settings.processes, hardware.devices), settings.accumulate
     batch = math.ceil(settings.batch_size / (ranks * accumulate))
     built = parts.build(config, assumed)

@@ -5,10 +5,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from lyrics import compose
 from lyrics import config as schema
 from lyrics.config import Config
 from lyrics.errors import InputError
+from lyrics.numerics import has_native_bf16
 from lyrics.plan import measure, memory, parts, refining, storage
 from lyrics.plan.hardware import GIB, Assumptions, Hardware, read_assumptions, read_hardware
 
@@ -24,6 +27,7 @@ class Plan:
     hardware: Hardware
     hardware_name: str
     pairs: int
+    annotated: int
     parts: parts.Parts
     stages: dict[str, memory.StageCost]
     rehearsed: dict[str, measure.Rehearsed]
@@ -63,6 +67,7 @@ def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose
     hardware = read_hardware(name, run.parent)
     if measured:
         hardware, name = measure.this_machine(hardware), "this machine"
+    web, annotated = storage.pictures_of(config, assumed, pairs)
     with _quiet():
         built = parts.build(config, assumed)
         stages = {verb: memory.meter(stage, config, assumed, hardware) for verb, stage in memory.STAGES.items()}
@@ -76,7 +81,8 @@ def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose
         assumed=assumed,
         hardware=hardware,
         hardware_name=name,
-        pairs=storage.pairs_of(config, assumed, pairs),
+        pairs=web,
+        annotated=annotated,
         parts=built,
         stages=stages,
         rehearsed=rehearsed,
@@ -86,8 +92,11 @@ def plan(settings: Sequence[str], *, measured: bool = False, run: Path = compose
 def text(found: Plan) -> str:
     """All tables."""
     config, hardware = found.config, found.hardware
+    pictures = f"{found.pairs:,} pairs"
+    if found.annotated:
+        pictures += f" and {found.annotated:,} annotated pictures of the embedded world"
     head = (
-        f"preset {config.preset}, {found.pairs:,} pairs, hardware {found.hardware_name}: {hardware.devices} x "
+        f"preset {config.preset}, {pictures}, hardware {found.hardware_name}: {hardware.devices} x "
         f"{hardware.memory_gib:,.0f} GiB, {hardware.bf16_tflops:.3g} bf16 and {hardware.fp32_tflops:.3g} fp32 TFLOP/s, "
         f"{hardware.bandwidth_gb_s:,.0f} GB/s ({hardware.source})"
     )
@@ -103,7 +112,7 @@ def _parameters(found: Plan) -> str:
 
 
 def _storage(found: Plan) -> str:
-    rows = storage.rows(found.config, found.assumed, found.parts, found.stages, found.pairs)
+    rows = storage.rows(found.config, found.assumed, found.parts, found.stages, found.pairs, found.annotated)
     total = sum(row.size_bytes for row in rows)
     fits = "fits" if total <= found.hardware.disk_gib * GIB else f"more than {found.hardware.disk_gib:,.0f} GiB"
     lines = [[row.name, _gib(row.size_bytes), row.how, row.source] for row in rows]
@@ -133,7 +142,8 @@ def _memory(found: Plan) -> str:
 def _time(found: Plan) -> str:
     rows = []
     flops, seconds = _refining(found)
-    rows.append(["refine", f"{found.pairs:,} pictures", _tflop(flops), f"{seconds:.3g}", _span(seconds * found.pairs)])
+    pictures = found.pairs + found.annotated
+    rows.append(["refine", f"{pictures:,} pictures", _tflop(flops), f"{seconds:.3g}", _span(seconds * pictures)])
     rows[-1].append("computed; one device, networks alone")
     for verb, cost in found.stages.items():
         steps = getattr(found.config, memory.STAGES[verb]).steps
@@ -210,11 +220,13 @@ def needed_gib(preset: str, run: Path = compose.RUN) -> tuple[float, float]:
 
     On a GPU's machine the memory is that which weights pass through before they reach the devices, in each process.
     """
-    found = plan([f"preset={preset}"], run=run)
+    bf16 = has_native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = [] if bf16 else ["stage1.precision=fp32", "stage2.precision=fp32"]
+    found = plan([f"preset={preset}", *here], run=run)
     runtime = found.hardware.runtime_gib * GIB
     if found.hardware.kind == "cuda":
         most = max(cost.ranks * (cost.weights + runtime) for cost in found.stages.values())
     else:
         most = max(found.peak_bytes(verb) for verb in found.stages)
-    rows = storage.rows(found.config, found.assumed, found.parts, found.stages, pairs=0)
+    rows = storage.rows(found.config, found.assumed, found.parts, found.stages, pairs=0, annotated=0)
     return most / GIB, sum(row.size_bytes for row in rows) / GIB
