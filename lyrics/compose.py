@@ -1,5 +1,6 @@
 """The user's choices in params/run.yaml, and what Hydra makes of them: build/config.yaml."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -207,9 +208,10 @@ def _portable(folder: str) -> str:
 
 
 def _value(text: str, key: str) -> Any:
+    with contextlib.suppress(ValueError):
+        if "e" in text.lower():
+            return float(text)  # YAML 1.1 reads 2e-4 as a word
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML 1.1 reads 2e-4 as a word
-    except ValueError:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"the value of {key} is not valid YAML: {text}") from None

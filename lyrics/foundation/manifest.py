@@ -57,11 +57,22 @@ def count_parameters(folder: Path) -> int:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a part, without hashing its files (`verify` does that)."""
+    """The manifest of a part, without hashing its files (`verify` does that).
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
     path = Path(folder) / NAME
+    make = f"make the part with: python -m lyrics foundation {Path(folder).name}"
     if not path.exists():
-        raise InputError(f"{path} does not exist; make the part with: python -m lyrics foundation {Path(folder).name}")
-    return read_json(path)
+        raise InputError(f"{path} does not exist; {make}")
+    try:
+        manifest = read_json(path)
+    except ValueError:
+        raise InputError(f"{path} is not valid JSON; {make}") from None
+    if missing := {"part", "sha256"} - set(manifest):
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}; {make}")
+    return manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_every_stage_has_its_verb() -> None:
         (("configure", "stage2.stepz=1"), "stage2.stepz"),
         (("configure", "stage2.steps=-1"), "stage2.steps"),
         (("configure", "nonsense"), "'nonsense' is not of the form key=value"),
+        (("configure", "evaluate.splits=[test"), "the value of evaluate.splits is not valid YAML: [test"),
         (("configure", "data=photos", "folder=/no/such"), "folder /no/such is missing"),
         (("ask", "/no/such.png", "what?"), "/no/such.png does not exist; give the path of a JPEG"),
         (("ask", "docs", "what?"), "docs is a folder; give the path of a JPEG"),
@@ -130,15 +131,48 @@ def test_doctor_names_each_lack_with_its_cure(tmp_path: Path) -> None:
     lock.write_text("no-such-package==1.0\n")
     lacks = [
         doctor.check_python((3, 9, 1)),
-        doctor.check_packages(lock),
+        doctor.check_packages(lock, is_locked=True),
         doctor.check_disk(1.0, 5, "tiny"),
         doctor.check_memory(1.0, 4, "tiny"),
     ]
     assert [lack.level for lack in lacks] == ["missing"] * 4
     assert all(lack.cure for lack in lacks)
     assert "no-such-package" in str(lacks[1])
-    assert doctor.check_java(None).level == "note"
-    assert doctor.check_java("/usr/bin/java").level == "ok"
+    assert doctor.check_java(False).level == "note"
+    assert doctor.check_java(True).level == "ok"
+    elsewhere = doctor.check_packages(lock, is_locked=False)  # the lock has packages of Linux alone
+    assert elsewhere.level == "note" and "1 of" in elsewhere.found and "make run" not in elsewhere.cure
+
+
+def test_doctor_counts_choices_that_are_no_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctor.examine() == 1
+    said = capsys.readouterr().out
+    assert "run.yaml does not exist" in said and "Nothing is missing" not in said
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/run.yaml").write_text("preset: huge\ndata: world\nfolder: lyrics/world\noverrides: {}\n")
+    choices = [one for one in doctor.check_choices() if one.level == "missing"]
+    assert [one.subject for one in choices] == ["choices"] and "huge" in choices[0].found
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}"])
+def test_doctor_names_a_damaged_manifest(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/manifest.json").write_text(manifest)
+    (found,) = doctor.check_weights(tmp_path)
+    assert found.level == "missing" and "make the part with" in found.found
+
+
+def test_doctor_does_not_wait_for_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 30)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    assert "does not answer" in doctor.check_gpu("tiny").found
 
 
 def test_doctor_sees_changed_weights(tmp_path: Path) -> None:
