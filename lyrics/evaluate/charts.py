@@ -33,9 +33,7 @@ LOSS_NAMES = {
     "itm_loss": "Matching (ITM)",
     "icg_loss": "Captioning (ICG)",
     "msp_loss": "Masked spatial (MSP)",
-    "loss": "All objectives",
     "lm_loss": "Answer tokens",
-    "answer_loss": "Answer tokens",
 }
 WIDTH, HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 12, 12, 24

@@ -8,6 +8,7 @@ import contourpy
 import numpy as np
 from PIL import Image
 
+from lyrics.data.files import has_exif
 from lyrics.data.webdataset import image_bytes, open_image
 from lyrics.foundation import masks
 
@@ -20,12 +21,16 @@ _MIN_OUTLINE_POINTS = 4
 def data_uri(path: str | Path, max_side_px: int = _MAX_SIDE_PX) -> str:
     """The picture as a JPEG data URI; small JPEG files as they are, others scaled down.
 
+    None keeps its EXIF: a browser would turn the picture by it, but not what is drawn over it, and it may say where the
+    photograph was taken.
+
     Raises:
         InputError, BadImageError: the picture is missing or broken.
     """
     content = image_bytes(path)
     image = open_image(path)
-    if len(content) > _KEEP_BYTES or max(image.size) > max_side_px or not content.startswith(b"\xff\xd8"):
+    small = len(content) <= _KEEP_BYTES and max(image.size) <= max_side_px
+    if not (small and content.startswith(b"\xff\xd8")) or has_exif(content):
         image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=_QUALITY)

@@ -54,7 +54,9 @@ def floors(evaluation: Mapping[str, Any], split: str, minimum: Mapping[str, floa
         value = metrics.get(metric, {}).get("model")
         name = f"{split}/{metric} >= {floor:g}"
         if value is None:
-            reason = evaluation.get("absent", {}).get(metric, f"not in reports/evaluation.json for split {split}")
+            absent = evaluation.get("absent", {})
+            reasons = [absent[key] for key in (f"{split}/{metric}", split, metric) if key in absent]
+            reason = (reasons or [f"not in reports/evaluation.json for split {split}"])[0]
             gates.append(Gate(name=name, passed=False, detail=f"not measured ({reason})"))
         elif value < floor:
             gates.append(Gate(name=name, passed=False, detail=f"{value:.4f}, short by {floor - value:.4f}"))

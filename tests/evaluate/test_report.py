@@ -1,4 +1,6 @@
+import base64
 import html.parser
+import io
 import re
 from pathlib import Path
 
@@ -6,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from evaluated_project import FakeModel, configured
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 from lyrics.errors import InputError
@@ -143,6 +145,20 @@ def test_large_pictures_are_scaled_down(tmp_path):
     uri = pictures.data_uri(tmp_path / "large.png")
     assert uri.startswith("data:image/jpeg;base64,")
     assert len(uri) < 150_000
+
+
+def test_no_picture_keeps_what_its_camera_wrote(tmp_path):
+    """A browser would turn it, but not the boxes over it; and it may say where it was taken."""
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=turned)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "b.jpg")
+    shown = {
+        name: base64.b64decode(pictures.data_uri(tmp_path / name).partition(",")[2]) for name in ("a.jpg", "b.jpg")
+    }
+    with Image.open(io.BytesIO(shown["a.jpg"])) as image:
+        assert not image.getexif() and image.size == (40, 20)
+    assert shown["b.jpg"] == (tmp_path / "b.jpg").read_bytes()
 
 
 def test_ticks_are_round_and_inside():

@@ -133,6 +133,17 @@ def test_floor_says_by_how_much(two_versions):
     assert registry_state() == before and champion() is None
 
 
+def test_a_metric_that_a_split_cannot_have_fails_with_the_reason():
+    absent = {"test/vqa_accuracy": "the split has no vqa samples", "meteor": "no Java"}
+    evaluation = {"splits": {"test": {}}, "absent": absent}
+    found = gates.floors(evaluation, "test", {"meteor": 0.1, "vqa_accuracy": 0.5, "cider": 1.0})
+    assert [gate.detail for gate in found] == [
+        "not measured (not in reports/evaluation.json for split test)",
+        "not measured (no Java)",
+        "not measured (the split has no vqa samples)",
+    ]
+
+
 @pytest.fixture
 def again(tmp_path, write_reports):
     """Scores a version on the present set as `again.quality` says; `again.asked` are the versions asked for."""
