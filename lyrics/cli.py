@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,11 @@ app = typer.Typer(
     help="Lyrics: from raw image-text pairs to a registered model that answers questions about pictures.",
 )
 STAGES, USE = "Stages of dvc.yaml (run them with `dvc repro` or `make run`)", "Using it"
+
+
+def _run_of(module: str) -> Callable[..., None]:
+    """Its `run`, imported when that is called: the lock is held then, and inputs are there. It takes seconds."""
+    return lambda *given: import_module(module).run(*given)
 
 
 def _stage(name: str, run: Callable[..., None], *first: Any) -> None:
@@ -84,36 +90,29 @@ def compose() -> None:
 @app.command(rich_help_panel=STAGES)
 def ingest() -> None:
     """Write the embedded world, or read your folder, into data/raw."""
-    from lyrics.data import ingest as module
-
-    _stage("ingest", module.run)
+    _stage("ingest", _run_of("lyrics.data.ingest"))
 
 
 @app.command(rich_help_panel=STAGES)
 def foundation(part: Annotated[str, typer.Argument(help=f"One of: {', '.join(PARTS)}.")]) -> None:
     """Fit or fetch one frozen part into models/foundation/PART."""
     from lyrics.errors import InputError
-    from lyrics.foundation import fit
 
     if part not in PARTS:
         raise InputError(f"foundation has no part {part!r}; choices: {', '.join(PARTS)}")
-    _stage(f"foundation@{part}", fit.run, part)
+    _stage(f"foundation@{part}", _run_of("lyrics.foundation.fit"), part)
 
 
 @app.command(rich_help_panel=STAGES)
 def clean() -> None:
     """Drop unusable web pairs, each with its reason, into data/clean."""
-    from lyrics.data import clean as module
-
-    _stage("clean", module.run)
+    _stage("clean", _run_of("lyrics.data.clean"))
 
 
 @app.command(rich_help_panel=STAGES)
 def refine() -> None:
     """Find tags, boxes and masks in every picture and cache frozen features in data/refined."""
-    from lyrics.refiner import refine as module
-
-    _stage("refine", module.run)
+    _stage("refine", _run_of("lyrics.refiner.refine"))
 
 
 @app.command(rich_help_panel=STAGES)
@@ -132,11 +131,16 @@ def _in_processes(stage: str) -> Callable[..., None]:
     """A training stage, here or in as many processes as params/ says."""
 
     def run(settings: Any, work: Path, tracker: Any) -> None:
-        processes = getattr(settings, _TRAINING[stage]).processes
+        name = _TRAINING[stage]
+        chosen = getattr(settings, name)
+        processes = chosen.processes
         if processes == 1:
             return _trainer(stage)(settings, work, tracker)
-        _check_processes(f"{_TRAINING[stage]}.processes", processes, settings.device)
+        _check_processes(f"{name}.processes", processes, settings.device)
+        from lyrics.train.devices import Ranks
         from lyrics.train.launch import launch
+
+        Ranks(0, processes).check(chosen.batch_size, chosen.accumulate, name)
 
         launch(processes, stage, work, tracker.run_id)
 
@@ -147,9 +151,7 @@ _TRAINING = {"pretrain": "stage1", "finetune": "stage2"}
 
 
 def _trainer(stage: str) -> Callable[..., None]:
-    from importlib import import_module
-
-    return import_module(f"lyrics.train.{_TRAINING[stage]}").run
+    return _run_of(f"lyrics.train.{_TRAINING[stage]}")
 
 
 @app.command(hidden=True)
@@ -175,9 +177,7 @@ def worker(stage: str, work: Path, run_id: Annotated[str | None, typer.Option()]
 @app.command(rich_help_panel=STAGES)
 def evaluate() -> None:
     """Score models/stage2 beside its baselines into reports/."""
-    from lyrics.evaluate import evaluate as module
-
-    _stage("evaluate", module.run)
+    _stage("evaluate", _run_of("lyrics.evaluate.evaluate"))
 
 
 @app.command(rich_help_panel=USE)
@@ -256,12 +256,13 @@ def _check_picture(image: Path) -> None:
 def evaluate_full() -> None:
     """Score on every sample of every split, into build/evaluate-full; no stage, and resumed if interrupted."""
     from lyrics import config
-    from lyrics.evaluate import evaluate as module
     from lyrics.stage import NullTracker, locked
 
-    work = Path("build/evaluate-full")
+    work, settings = Path("build/evaluate-full"), config.load()
     with locked("evaluate-full"):
-        module.run_full(config.load(), work, NullTracker())
+        from lyrics.evaluate.evaluate import run_full
+
+        run_full(settings, work, NullTracker())
     print(work / "out" / "index.html")
 
 

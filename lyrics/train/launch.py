@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -37,6 +37,7 @@ def launch(processes: int, stage: str, work: Path, run_id: str) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        logs_specs=DefaultLogsSpecs(log_dir=str(work / "ranks")),  # else a folder in /tmp that nobody removes
     )
     worker = ("-m", "lyrics", "worker", stage, str(work), "--run-id", run_id)
     try:

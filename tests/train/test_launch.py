@@ -31,11 +31,12 @@ def run_verb(folder: Path, **changes: object) -> subprocess.CompletedProcess:
     )
 
 
-def test_what_a_worker_refuses_the_verb_refuses(tmp_path: Path) -> None:
+def test_a_batch_that_processes_cannot_divide_is_refused_before_they_start(tmp_path: Path) -> None:
     ran = run_verb(tmp_path, processes=2, batch_size=7)
     assert ran.returncode == 2, ran.stderr
     assert "lyrics: stage1.batch_size is 7, which 2 processes × stage1.accumulate 1 do not divide" in ran.stderr
     assert not (tmp_path / "models/stage1/history.jsonl").exists()  # what was there before stands
+    assert not list(tmp_path.glob("build/work/pretrain/*/ranks"))
 
 
 @pytest.mark.soak
