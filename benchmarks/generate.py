@@ -178,7 +178,8 @@ def answering(size: str, batch: int, rounds: int) -> list[str]:
     ids_BS, mask_BS = laid.ids_RS, laid.mask().long()
 
     def ours(limit: int) -> object:
-        return lyrics.answer_batch([QUESTION] * batch, seen, max_new_tokens=limit)
+        new = [dataclasses.replace(one) for one in seen]  # else keys and values of the round before would serve
+        return lyrics.answer_batch([QUESTION] * batch, new, max_new_tokens=limit)
 
     @torch.inference_mode()
     def theirs(limit: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import generate
 from benchmarks.table import write_table
 from lyrics.errors import InputError
+from lyrics.model.lyrics import LyricsModel
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,6 +19,10 @@ def test_programs_take_turns_and_the_first_round_does_not_count() -> None:
 
 
 def test_both_read_prompts_of_the_same_length_and_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    look = LyricsModel.look
+    monkeypatch.setattr(LyricsModel, "look", lambda self, seen: looked.append(len(seen)) or look(self, seen))
+
     def fixed(programs: dict, rounds: int) -> dict[str, float]:
         for program in programs.values():
             program()
@@ -27,6 +32,7 @@ def test_both_read_prompts_of_the_same_length_and_rates_follow_from_the_times(mo
     monkeypatch.setattr(generate, "NEW_TOKENS", 4)
     size, batch, prompt, *figures = generate.answering("tiny", 2, 1)
     assert (size, batch, figures) == ("tiny", "2", ["16", "32", "0.50", "0.50", "2.0", "1.0", "2.00"])
+    assert looked == [2, 2]  # no round is spared by the one before, and no row by the one beside it
     words = generate.tokenizer("tiny")
     text = f"<s> {'image ' * 8} {' '.join(['umbrella image 1 2 3 4 ;'] * 5)} question: {generate.QUESTION}"
     assert int(prompt) == len(words(text, add_special_tokens=False)["input_ids"])

@@ -48,7 +48,7 @@ def project(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{number}.png")
         coarse = Image.fromarray(draw.integers(0, 255, (height // 8, width // 8, 3), np.uint8))
         coarse.resize((width, height)).save(paths[-1])
-    config = schema.parse(compose.preview(["preset=tiny"], ROOT / "params/run.yaml"))
+    config = schema.parse(compose.preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml"))
     pixels, _ = letterbox([Image.open(path) for path in paths], SIDE)
     threshold = float(model.eval()(pixels)[0][:, 4].detach().flatten().quantile(0.8))
     found = dataclasses.replace(config.foundation.detector, image_size_px=SIDE, score_threshold=threshold, nms_iou=0.6)
