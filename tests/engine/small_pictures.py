@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lyrics.compose import compose
+from lyrics.compose import preview
 from lyrics.config import Config, parse
 from lyrics.data.webdataset import WebPair, write_tar
 from lyrics.foundation import fit
@@ -21,7 +21,7 @@ PARTS = ("clip", "tagger", "detector", "segmenter")
 
 def configuration(**engine: object) -> Config:
     """`tiny` with a CLIP of random weights, 5 pictures a shard and 2 a batch."""
-    config = parse(compose(ROOT / "params" / "run.yaml"))
+    config = parse(preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml"))
     clip = dataclasses.replace(
         config.foundation.clip, image_size_px=SIDE, patch_size_px=8, hidden_size=64, layers=2, heads=4,
         text_hidden_size=16, text_layers=1, projection_size=8, epochs=0,

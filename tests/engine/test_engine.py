@@ -263,10 +263,12 @@ def test_more_gpus_than_there_are(monkeypatch):
 )
 def test_engines_that_contradict_themselves_are_refused(choices, said):
     with pytest.raises(InputError, match=said):
-        preview(choices, PARAMS / "run.yaml")
+        preview(["~overrides", *choices], PARAMS / "run.yaml")
 
 
 def test_both_engines_have_the_same_threads():
     """Else a choice of engine would change bytes, and run stages again."""
-    threads = {preview([f"engine={kind}"], PARAMS / "run.yaml")["engine"]["threads_per_worker"] for kind in KINDS}
+    threads = {
+        preview(["~overrides", f"engine={kind}"], PARAMS / "run.yaml")["engine"]["threads_per_worker"] for kind in KINDS
+    }
     assert len(KINDS) == 2 and len(threads) == 1

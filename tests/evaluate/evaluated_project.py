@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lyrics import io
-from lyrics.compose import compose
+from lyrics.compose import preview
 from lyrics.config import Config, SceneCounts, parse
 from lyrics.data import clean, ingest
 from lyrics.data.annotated import read_split
@@ -25,7 +25,7 @@ WIDTH = 8
 
 def make(folder: Path, scenes: dict[str, int], web: int = 0, config: Config | None = None) -> Config:
     """Fill `folder` (the current directory) with data/ and models/ of a run over `scenes` of the embedded world."""
-    config = config or parse(compose(ROOT / "params" / "run.yaml"))
+    config = config or parse(preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml"))
     counts = {field.name: 0 for field in dataclasses.fields(SceneCounts)} | {"web": web} | scenes
     config = dataclasses.replace(config, world=dataclasses.replace(config.world, scenes=SceneCounts(**counts)))
     work = folder / "work"

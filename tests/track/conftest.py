@@ -156,7 +156,7 @@ def promote_flow():
     promote = importlib.import_module("flows.promote")  # before prefect: flows settles its environment
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=300):
         yield promote
 
 

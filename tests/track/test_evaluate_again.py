@@ -44,7 +44,7 @@ def write_test_set(folder: Path, colours: list[str]) -> None:
 @pytest.fixture
 def here(project):
     """The present project: a configuration, and a test set of red and blue pictures. There is no data/refined."""
-    values = compose.compose(ROOT / "params" / "run.yaml")
+    values = compose.preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml")
     values["promote"] |= {"minimum": {"vqa_accuracy": 0.4}, "bootstrap_samples": 200}
     values["evaluate"]["meteor"] = False
     compose.write(values)
@@ -127,7 +127,7 @@ def test_new_questions_or_settings_are_asked_anew(here, sources, make_model, fak
     second = again.evaluate_again(1, "test")
     assert second != first and not first.exists(), "the last one of a version is kept"
     assert io.read_json(second / "evaluation.json")["splits"]["test"]["vqa_accuracy"]["model"] == 0.0
-    values = compose.compose(ROOT / "params" / "run.yaml")
+    values = compose.preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml")
     values["evaluate"] |= {"samples_per_split": 5, "meteor": False}
     compose.write(values)
     Path("looked.txt").unlink()

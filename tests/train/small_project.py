@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lyrics import io
-from lyrics.compose import compose
+from lyrics.compose import preview
 from lyrics.config import CONFIG_PATH, Config, First, Lora, Optimizer, parse
 from lyrics.data.records import Sample
 from lyrics.foundation import llm, manifest
@@ -35,7 +35,7 @@ STEPS = 20
 
 def configuration(*, steps: int = STEPS, dropout: float = 0.0, checkpoint_every: int = 4) -> Config:
     """Small sizes in place of those of `tiny`; in fp32, every objective in every step."""
-    config = parse(compose(ROOT / "params" / "run.yaml"))
+    config = parse(preview(["~overrides", "preset=tiny", "data=world"], ROOT / "params/run.yaml"))
     optimizer = Optimizer(
         algorithm="adamw", lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=4, grad_clip=1.0
     )

@@ -35,14 +35,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage in STAGES:
             ranks.train(stage, folder / stage / "alone")
             ranks.train(stage, folder / stage / "accumulated", accumulate=2)
-        runs = [f"{stage}:{strategy}:{stage}/{strategy}" for stage in STAGES for strategy in STRATEGIES]
-        run_together(folder, runs)
-        for stage in STAGES:
             go_on(stage, "alone", "alone-then-fsdp")
+        runs = [f"{stage}:{strategy}:{stage}/{strategy}" for stage in STAGES for strategy in STRATEGIES]
+        run_together(folder, [*runs, *(f"{stage}:fsdp:{stage}/alone-then-fsdp" for stage in STAGES)])
+        for stage in STAGES:
             for strategy in STRATEGIES:
                 go_on(stage, strategy, f"{strategy}-then-alone")
                 ranks.train(stage, folder / stage / f"{strategy}-then-alone")
-        run_together(folder, [f"{stage}:fsdp:{stage}/alone-then-fsdp" for stage in STAGES])
     torch.use_deterministic_algorithms(before)
     return folder
 
