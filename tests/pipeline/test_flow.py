@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,33 @@ def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -
     assert served.result("data/first/result"), "what was finished is lost"
 
 
+@pytest.fixture
+def refused(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What FLOW says, in this process, of a choice that it refuses before it starts a server."""
+    from flows import end_to_end
+
+    def started() -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr(end_to_end, "_start_server", started)
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended, stage.one_sentence():
+            end_to_end.main([*FLOW[3:], *arguments])
+        said = capsys.readouterr().err
+        assert (ended.value.code, said.count("\n")) == (2, 1), said
+        return said
+
+    return run
+
+
+def test_a_refusal_ends_the_process_before_anything_is_started(project: Project) -> None:
+    ran = project.run([*FLOW, "nonsense"], check=False)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert not (project.root / ".prefect/prefect.db").exists()
+
+
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
@@ -66,13 +94,12 @@ def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -
         ("folder=/no/such", "data source world reads no folder, but folder is /no/such"),
     ],
 )
-def test_a_wrong_choice_is_refused_before_anything_is_started(project: Project, argument: str, says: str) -> None:
+def test_a_wrong_choice_is_refused_before_anything_is_started(
+    project: Project, refused: Callable[..., str], argument: str, says: str
+) -> None:
     before = project.result("params/run.yaml")
-    ran = project.run([*FLOW, argument], check=False)
-    assert ran.returncode == 2
-    assert says in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+    assert says in refused(argument)
     assert project.result("params/run.yaml") == before
-    assert not (project.root / ".prefect/prefect.db").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,11 +111,11 @@ def test_a_wrong_choice_is_refused_before_anything_is_started(project: Project, 
         ("dvc.yaml", "", "dvc.yaml describes no stages"),
     ],
 )
-def test_a_broken_file_of_the_project_is_one_sentence(project: Project, file: str, content: str, says: str) -> None:
+def test_a_broken_file_of_the_project_is_one_sentence(
+    project: Project, refused: Callable[..., str], file: str, content: str, says: str
+) -> None:
     (project.root / file).write_text(content)
-    ran = project.run(FLOW, check=False)
-    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1), ran.stderr
-    assert says in ran.stderr
+    assert says in refused()
 
 
 def test_a_registry_that_is_down_is_one_sentence_and_loses_nothing(served: Project) -> None:
