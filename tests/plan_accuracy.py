@@ -44,7 +44,7 @@ def lend(project: Path, folder: Path) -> Path:
 def rows(project: Path, rounds: int = ROUNDS, steps: int = STEPS) -> list[Row]:
     """Real steps and those of `--measure` take turns, since what else the machine does changes by the minute."""
     config = schema.load(project / "build/config.yaml")
-    plan = report.plan([f"preset={config.preset}"], run=ROOT / "params/run.yaml")
+    plan = report.plan([f"preset={config.preset}", *report.precision_here()], run=ROOT / "params/run.yaml")
     here = dataclasses.replace(plan, hardware=measure.this_machine(plan.hardware))
     found = []
     for verb, stage in memory.STAGES.items():

@@ -215,14 +215,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def precision_here() -> list[str]:
+    """Settings that say what `auto` is on this machine, where the planned hardware has products in bf16."""
+    bf16 = has_native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return [] if bf16 else ["stage1.precision=fp32", "stage2.precision=fp32"]
+
+
 def needed_gib(preset: str, run: Path = compose.RUN) -> tuple[float, float]:
     """Memory and disk (data aside) of this machine for a preset: what `lyrics doctor` asks for.
 
     On a GPU's machine the memory is that which weights pass through before they reach the devices, in each process.
     """
-    bf16 = has_native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    here = [] if bf16 else ["stage1.precision=fp32", "stage2.precision=fp32"]
-    found = plan([f"preset={preset}", *here], run=run)
+    found = plan([f"preset={preset}", *precision_here()], run=run)
     runtime = found.hardware.runtime_gib * GIB
     if found.hardware.kind == "cuda":
         most = max(cost.ranks * (cost.weights + runtime) for cost in found.stages.values())
