@@ -1,5 +1,6 @@
 """The Prefect flow on the fake project: what ran, what was reused, and that no ending leaves anything behind."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fake_project import Project, wait_for
@@ -55,10 +57,17 @@ def test_a_failure_is_one_sentence_with_the_code_of_the_stage(served: Project) -
     assert served.result("data/first/result"), "what was finished is lost"
 
 
+@pytest.fixture(scope="session")
+def end_to_end() -> ModuleType:
+    """Imported before a test captures what is written: Prefect logs for good to the stderr of its import."""
+    return importlib.import_module("flows.end_to_end")
+
+
 @pytest.fixture
-def refused(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def refused(
+    project: Project, end_to_end: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., str]:
     """What FLOW says, in this process, of a choice that it refuses before it starts a server."""
-    from flows import end_to_end
 
     def started() -> None:
         raise AssertionError("a server was started")
