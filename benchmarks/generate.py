@@ -140,8 +140,8 @@ def build(size: str, llm: Any, words: PreTrainedTokenizerFast) -> Lyrics:
     mq_former = MQFormer(
         MQFormerConfig(
             **params("mq_former", size), vocabulary_size=len(words), pad_token_id=words.pad_token_id,
-            image_width=encoder.width, detector_width=encoder.width, segmenter_width=encoder.width,
-            max_objects=params("refine", size)["max_objects"],
+            image_width=encoder.width, detector_width=refiner.detector.width,
+            segmenter_width=refiner.segmenter.width, max_objects=params("refine", size)["max_objects"],
         )
     )  # fmt: skip
     model = LyricsModel(

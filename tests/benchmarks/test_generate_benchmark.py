@@ -38,6 +38,13 @@ def test_both_read_prompts_of_the_same_length_and_rates_follow_from_the_times(mo
     assert int(prompt) == len(words(text, add_special_tokens=False)["input_ids"])
 
 
+def test_each_size_is_built_as_wide_as_its_refiner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(generate.LLAMA, "laptop", generate.LLAMA["tiny"])
+    words = generate.tokenizer("laptop")
+    made = generate.build("laptop", generate.language_model("laptop", words.eos_token_id), words)
+    assert made.answer_batch([generate.QUESTION], made.see([generate.picture()]), max_new_tokens=2)
+
+
 def test_the_table_goes_between_its_markers(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text("before\n<!-- generate -->\nold\n<!-- /generate -->\nafter\n")
