@@ -141,7 +141,6 @@ def _in_processes(stage: str) -> Callable[..., None]:
         from lyrics.train.launch import launch
 
         Ranks(0, processes).check(chosen.batch_size, chosen.accumulate, name)
-
         launch(processes, stage, work, tracker.run_id)
 
     return run

@@ -112,7 +112,7 @@ def _assets(file: Path) -> Iterator[Path]:
 def dependencies(starts: list[str], root: Path = Path()) -> list[str]:
     """The closure, with a whole package in place of its files where all of them are in it."""
     files = closure(starts, root)
-    for package in sorted({Path(name).parent for name in files} - {Path(PACKAGE)}, key=str):
+    for package in sorted({Path(name).parent for name in files} - {Path(PACKAGE), *map(Path, NEUTRAL)}, key=str):
         inside = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py") if p.stat().st_size}
         if {name for name in inside if not is_neutral(name)} <= files:
             files = {name for name in files if package not in Path(name).parents} | {package.as_posix()}

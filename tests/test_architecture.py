@@ -143,5 +143,9 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert not {one for one in others if not {normal(d) for d in distributions.get(one, [one])} & declared}
 
 
+def test_evaluate_runs_again_for_the_hashes_it_writes_and_for_no_other_file_of_the_registry() -> None:
+    assert [file for file in by_entry(ROOT)["evaluate"] if "track" in file] == ["lyrics/track/lineage.py"]
+
+
 def test_ingest_lists_the_embedded_world_through_the_folder() -> None:
     assert compose.EMBEDDED == WORLD
